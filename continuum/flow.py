@@ -1,0 +1,97 @@
+"""A layer of continuous depth: x(0) -> x(T) with dx/dt = f(t, x), integrated by a solver of your choice."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from continuum.fields import Field
+from continuum.solvers import Adaptive, Cost, Embedded, FixedStep, Solver, parse
+from continuum.types import State
+
+
+class Flow(nn.Module):
+    """The map x(0) -> x(depth) of dx/dt = field(t, x); depth is counted in layers.
+
+    The weights are the field's: `with_solver` integrates the same weights otherwise. A solver may be given as text.
+    `cost` holds evaluations, accepted and rejected steps and the grid of the last solve.
+
+    >>> from continuum.fields import MLP
+    >>> flow = Flow(MLP(2, hidden=16), "dopri5:rtol=1e-4,atol=1e-4", depth=1)
+    >>> x = torch.randn(8, 2)
+    >>> flow(x).shape
+    torch.Size([8, 2])
+    >>> flow.with_solver("rk4:h=0.25")(x).shape
+    torch.Size([8, 2])
+
+    Raises:
+        TypeError: the field is no `Field`, or the solver cannot solve it.
+        ValueError: the depth is not positive, or the solver's fixed step does not divide it.
+    """
+
+    def __init__(self, field: Field, solver: Solver | str, depth: float) -> None:
+        super().__init__()
+        if not isinstance(field, Field):
+            raise TypeError(f"a Flow needs a Field, not a {type(field).__name__}: wrap a module as Autonomous(module)")
+        if not depth > 0:
+            raise ValueError(f"depth is a positive number of layers, not {depth}")
+        self.field = field
+        self.solver = parse(solver) if isinstance(solver, str) else solver
+        self.depth = float(depth)
+        self.cost: Cost | None = None
+        if not isinstance(self.solver, Solver):
+            raise TypeError(f"a Flow needs a Solver or its text, not {solver!r}")
+        self.solver.check(field)
+        if isinstance(self.solver, FixedStep):
+            self.solver.steps(0.0, self.depth)
+
+    def forward(self, x: State, memory: State | None = None) -> State:
+        """x(depth) from x = x(0); `memory` is the state one layer before x, for schemes that remember one."""
+        solution = self.solver(self.field, x, (0.0, self.depth), memory)
+        self.cost = solution.cost
+        return solution.states[-1]
+
+    def trajectory(self, x: State, times: Sequence[float] | Tensor) -> Tensor:
+        """The states at `times`, stacked on a new first axis; x is the state at times[0].
+
+        Times are strictly monotone, in either direction: (depth, 0) goes back.
+
+        Raises:
+            ValueError: fewer than two times, times that are not monotone, or off the grid of a fixed-step solver.
+        """
+        depths = times.tolist() if isinstance(times, Tensor) else [float(t) for t in times]
+        steps = [b - a for a, b in pairwise(depths)]
+        if not steps or not (all(h > 0 for h in steps) or all(h < 0 for h in steps)):
+            raise ValueError(f"times are two or more strictly monotone depths, not {depths}")
+        solution = self.solver(self.field, x, depths)
+        self.cost = solution.cost
+        return torch.stack(solution.states)
+
+    def with_solver(self, solver: Solver | str) -> "Flow":
+        """A flow of the same field, sharing its weights, under another solver."""
+        return Flow(self.field, solver, self.depth).train(self.training)
+
+    @torch.no_grad()
+    def frozen(self, x: State) -> "Flow":
+        """The flow that repeats, for any input, the steps which the adaptive solver accepts on `x`.
+
+        Its solver is a `FixedStep` with the method's own tableau on the accepted grid: no error control, so it compiles and
+        exports, and on `x` it gives the adaptive solution (to rounding for the pairs whose last stage is f at the new point:
+        dopri5, dopri8, bosh3; adaptive_heun and fehlberg2 reuse another slope, so they agree only to the tolerance).
+
+        Raises:
+            TypeError: the solver has fixed steps already, or goes through SciPy.
+        """
+        if not isinstance(self.solver, Adaptive):
+            raise TypeError(f"only an adaptive flow can be frozen; this one is solved by {self.solver}")
+        try:
+            scheme = Embedded(self.solver.method)
+        except ValueError as error:
+            raise TypeError(str(error)) from None
+        training = self.training
+        cost = self.eval().solver(self.field, x, (0.0, self.depth)).cost
+        return self.train(training).with_solver(FixedStep(scheme, grid=cost.grid))
+
+    def extra_repr(self) -> str:
+        return f"solver={self.solver}, depth={self.depth:g}"

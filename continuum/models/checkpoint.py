@@ -1,0 +1,148 @@
+"""Networks in files: builder and arguments, solvers, weights - plain data that loads with `weights_only`."""
+
+import os
+import pickle
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from continuum.flow import Flow
+from continuum.models import zoo
+from continuum.models.network import Network
+from continuum.solvers import Solver, parse
+from continuum.solvers.text import describe
+
+KEY = "continuum"
+"""Where the description stands in a file; a training checkpoint carries it under the same key."""
+
+BUILDERS: dict[str, Callable[..., Network]] = {
+    "preresnet": zoo.preresnet,
+    "lm_resnet": zoo.lm_resnet,
+    "odenet": zoo.odenet,
+    "mlp": zoo.mlp,
+}
+
+
+class CheckpointError(ValueError):
+    """A file that holds no network of ours, or one that does not fit: one line that says which and why."""
+
+
+def description(network: Network) -> dict[str, Any]:
+    """What rebuilds `network` without its weights, as plain data.
+
+    Raises:
+        ValueError: the network was not built by a function decorated with `continuum.models.builder`.
+        TypeError: an argument that is neither plain data nor a solver with a textual form.
+    """
+    if network.blueprint is None:
+        raise ValueError(
+            "this network does not know its builder, so a file could not say how to build it again: put it together in a "
+            "function decorated with @continuum.models.builder"
+        )
+    arguments = {name: _plain(name, value) for name, value in network.blueprint.arguments.items()}
+    solvers = [describe(flow.solver) for flow in network.flows]
+    return {"format": 1, "builder": network.blueprint.builder, "arguments": arguments, "solvers": solvers}
+
+
+def _plain(name: str, value: object) -> object:
+    if isinstance(value, Solver):
+        return describe(value)
+    if isinstance(value, list | tuple):
+        return [_plain(name, item) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"the builder's argument {name} is a {type(value).__name__}: a file holds plain data and solvers only")
+
+
+def save(network: Network, path: str | os.PathLike[str]) -> None:
+    """Write `network` to `path`: a file that `load` turns back into it, and that torch.load reads with weights_only.
+
+    It is written beside its place and renamed when complete, so a failure leaves an older file as it was.
+    """
+    content = {KEY: description(network), "state_dict": network.state_dict()}
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(content, file)
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are private
+        os.replace(temporary, target)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+def load(path: str | os.PathLike[str], builder: Callable[..., Network] | None = None) -> Network:
+    """The network in `path`, on the CPU and in evaluation mode: a file of `save`, or a checkpoint of `continuum fit`.
+
+    A network of your own needs its `builder`. No pickled code is executed.
+
+    Raises:
+        FileNotFoundError: nothing at `path`.
+        CheckpointError: not a file of ours, truncated, or with weights of another network.
+    """
+    return restore(read(path), path, builder)
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The plain data in a checkpoint file.
+
+    Raises:
+        FileNotFoundError: nothing at `path`.
+        CheckpointError: not a file of ours, or truncated.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint at {Path(path).resolve()}")
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(f"{path} is not a checkpoint, or it is truncated: it is no archive as torch.save writes it")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise CheckpointError(f"{path} holds pickled code, which is never executed; a checkpoint is plain data") from None
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} cannot be read, it may be truncated: {str(error).splitlines()[0]}") from None
+    if not isinstance(content, dict) or not isinstance(content.get(KEY), Mapping):
+        raise CheckpointError(f"{path} is not a continuum checkpoint: it has no entry {KEY!r} that says how to build it")
+    return content
+
+
+def restore(content: dict[str, Any], path: str | os.PathLike[str], builder: Callable[..., Network] | None = None) -> Network:
+    """The network described by the `content` that `read` returned for `path`."""
+    stated = content[KEY]
+    name, build = stated.get("builder"), builder
+    if build is None:
+        build = BUILDERS.get(name)
+    if build is None:
+        raise CheckpointError(
+            f"{path} was built by {name!r}, which is not in the zoo ({', '.join(BUILDERS)}): pass its builder to load"
+        )
+    try:
+        network = build(**stated["arguments"])
+        solvers = [parse(solver) for solver in stated["solvers"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} does not describe a {name} network of this version: {error}") from None
+    if len(solvers) != len(network.flows):
+        raise CheckpointError(f"{path} lists {len(solvers)} solvers for a network of {len(network.flows)} flows")
+    for index, stage in enumerate(network.stages):
+        if isinstance(stage, Flow):
+            network.stages[index] = stage.with_solver(solvers.pop(0))
+    weights = content.get("state_dict", {})
+    # In a training checkpoint the network is one part of the trained module.
+    part = {key.removeprefix("network."): value for key, value in weights.items() if key.startswith("network.")}
+    try:
+        network.load_state_dict(part or weights)
+    except RuntimeError as error:
+        first = " ".join(line.strip() for line in str(error).splitlines()[1:3])
+        raise CheckpointError(f"the weights in {path} are not those of its {name}: {first}") from None
+    return network.eval()

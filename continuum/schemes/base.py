@@ -1,0 +1,76 @@
+"""One step: a scheme moves the state from depth t to t + h, (x, memory) -> (x, memory)."""
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+
+from continuum.fields import Field
+from continuum.types import State
+
+Memory: TypeAlias = tuple[State, ...]
+"""What a step hands to the next one; () where there is nothing to remember."""
+
+
+class Scheme(ABC):
+    """A rule for one step. A scheme has no state of its own: what it remembers is passed in and returned.
+
+    `order` is the order of its global error on smooth fields, `stages` the number of field evaluations of a step,
+    `variable_steps` whether neighbouring steps may differ in size.
+    """
+
+    order: int
+    stages: int
+    variable_steps: bool = True
+
+    def check(self, field: Field) -> None:
+        """Raise TypeError if this scheme cannot step `field`, with what it needs."""
+
+    def begin(self, x: State, previous: State | None, h: float) -> Memory:
+        """The memory of the first step: `previous` is the state one layer before x, where the network has one."""
+        return ()
+
+    @abstractmethod
+    def step(self, field: Field, t: float, x: State, h: float, memory: Memory) -> tuple[State, Memory]:
+        """The state at depth t + h from `x` at depth `t`, and the memory of the next step; h < 0 goes back."""
+
+    def evaluations(self, field: Field, steps: Sequence[tuple[float, float]]) -> int:
+        """Field evaluations of a solve with these steps (t, h)."""
+        return len(steps) * self.stages
+
+
+def combine(x: State, h: float, weights: Sequence[float], slopes: Sequence[State]) -> State:
+    """x + h sum_i w_i k_i, summed from left to right; zero weights cost nothing."""
+    for weight, slope in zip(weights, slopes, strict=False):
+        if weight:
+            x = torch.add(x, slope, alpha=h * weight)
+    return x
+
+
+def knot_at(knots: Sequence[float], t: float) -> float | None:
+    """The knot that depth t hits, to within four units in the last place, or None."""
+    tolerance = 4 * sys.float_info.epsilon * max(1.0, abs(t))
+    low, high = 0, len(knots)
+    while low < high:  # the bisect module would break the graph under torch.compile
+        middle = (low + high) // 2
+        if knots[middle] < t - tolerance:
+            low = middle + 1
+        else:
+            high = middle
+    return knots[low] if low < len(knots) and knots[low] <= t + tolerance else None
+
+
+def inside(knots: Sequence[float], t: float, h: float, c: float, dtype: torch.dtype) -> float:
+    """The depth t + c h of a stage, moved off a knot by one unit of `dtype` into the step [t, t + h].
+
+    A stage on a knot thus reads the layer its step belongs to, in both directions of time. The unit is the state's (at
+    least float32's), so that a field may turn the depth into a tensor without landing on the knot again.
+    """
+    depth = t + c * h
+    knot = knot_at(knots, depth)
+    if knot is None or 0 < c < 1:
+        return depth
+    unit = min(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps) * max(1.0, abs(knot))
+    return knot + unit if (h > 0) == (c <= 0) else knot - unit

@@ -1,0 +1,112 @@
+"""All steps: a solver carries x through the given depths, (field, x, times) -> states."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from continuum.fields import Field
+from continuum.types import State
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a solve took: field evaluations, accepted and rejected steps, and the grid of the accepted ones."""
+
+    evaluations: int
+    accepted: int
+    rejected: int
+    grid: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The states at the requested times (the first is the initial one) and what they cost."""
+
+    states: list[State]
+    cost: Cost
+
+
+class Solver(ABC):
+    """Repeats steps from the first of `times` to the last and decides how gradients come back."""
+
+    @abstractmethod
+    def __call__(self, field: Field, x: State, times: Sequence[float], previous: State | None = None) -> Solution:
+        """Solve dx/dt = field(t, x) from x at times[0]; `times` are strictly monotone, in either direction.
+
+        `previous` is the state one layer before x, for multistep schemes; other solvers have no use for it.
+        """
+
+    def check(self, field: Field) -> None:
+        """Raise TypeError if this solver cannot solve `field`."""
+
+
+class SolveError(RuntimeError):
+    """A solve that cannot go on: a state that is not finite, a step that underflows, a spent budget.
+
+    Weights and BatchNorm buffers are those from before the solve. The message is made from the attributes: `reason`,
+    `flow` (its name in the network), `depth` and `step` where it stopped, `evaluations` spent, `rows` of the batch at
+    fault and `advice`.
+    """
+
+    def __init__(
+        self, reason: str, *, depth: float, step: float, evaluations: int, rows: Sequence[int] = (), advice: str
+    ) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.flow: str | None = None
+        self.depth = depth
+        self.step = step
+        self.evaluations = evaluations
+        self.rows = tuple(rows)
+        self.advice = advice
+
+    def __str__(self) -> str:
+        where = f"in flow {self.flow} " if self.flow else ""
+        rows = ", ".join(map(str, self.rows[:8])) + (", ..." if len(self.rows) > 8 else "")
+        at_fault = f"; batch rows at fault: {rows}" if self.rows else ""
+        return (
+            f"{self.reason} {where}at depth {self.depth:.6g} with step {self.step:.3g} after {self.evaluations} "
+            f"evaluations{at_fault}. {self.advice}"
+        )
+
+
+def rows_not_finite(*tensors: Tensor) -> list[int]:
+    """The batch rows in which any of the tensors has a NaN or an infinity."""
+    bad: set[int] = set()
+    for tensor in tensors:
+        finite = torch.isfinite(tensor.detach()).reshape(tensor.shape[0], -1).all(dim=1)
+        bad.update(torch.nonzero(~finite).flatten().tolist())
+    return sorted(bad)
+
+
+@contextmanager
+def restored_on_error(module: nn.Module) -> Iterator[None]:
+    """Give the buffers of `module` (BatchNorm statistics) back their values if a solve fails inside the block."""
+    before = [(buffer, buffer.clone()) for buffer in module.buffers()] if module.training else []
+    try:
+        yield
+    except SolveError:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
+        raise
+
+
+@contextmanager
+def statistics_untouched(module: nn.Module) -> Iterator[None]:
+    """Let `module` compute with batch statistics while its running ones stay as they are, for recomputations.
+
+    The buffers are replaced by copies for the time of the block, so that nothing saved for a backward pass is written to.
+    """
+    owners = [(child, name, buffer) for child in module.modules() for name, buffer in child.named_buffers(recurse=False)]
+    for child, name, buffer in owners:
+        setattr(child, name, buffer.clone())
+    try:
+        yield
+    finally:
+        for child, name, buffer in owners:
+            setattr(child, name, buffer)

@@ -1,0 +1,116 @@
+"""Solvers as text, name:key=value,... - one grammar for the command line, configs and saved files."""
+
+import dataclasses
+from collections.abc import Callable
+
+from continuum.schemes import RK4, AdamsBashforth, Euler, Heun, Kutta3, LinearTwoStep, Midpoint, Scheme
+from continuum.solvers.adaptive import METHODS, PAIRS, Adaptive, Embedded
+from continuum.solvers.base import Solver
+from continuum.solvers.fixed import FixedStep
+
+SCHEMES: dict[str, type[Scheme]] = {
+    "euler": Euler,
+    "midpoint": Midpoint,
+    "heun": Heun,
+    "kutta3": Kutta3,
+    "rk4": RK4,
+    "adams_bashforth": AdamsBashforth,
+    "linear_two_step": LinearTwoStep,
+}
+
+FIXED_OPTIONS: dict[str, Callable[[str], object]] = {
+    "h": float,
+    "grid": lambda text: tuple(float(depth) for depth in text.split("/")),
+}
+ADAPTIVE_OPTIONS: dict[str, Callable[[str], object]] = {
+    "rtol": float,
+    "atol": float,
+    "gradient": str,
+    "first_step": float,
+    "min_step": float,
+    "max_step": float,
+    "max_evaluations": int,
+}
+
+
+def parse(text: str) -> Solver:
+    """The solver that `text` names, such as euler, rk4:h=0.5, adams_bashforth:order=3,h=0.25 or dopri5:rtol=1e-4,atol=1e-4.
+
+    An adaptive name with h (or grid=0/0.5/1) is that pair's scheme with fixed steps.
+
+    >>> parse("adams_bashforth:order=3,h=0.25")
+    FixedStep(scheme=AdamsBashforth(order=3), h=0.25, grid=None)
+
+    Raises:
+        ValueError: an unknown name, option or value; the message lists what is valid.
+    """
+    name, _, rest = text.strip().partition(":")
+    options = dict(_option(text, part) for part in rest.split(",") if part.strip())
+    if name in PAIRS and options.keys() & FIXED_OPTIONS.keys():
+        return FixedStep(Embedded(name), **_values(text, options, FIXED_OPTIONS))  # pyright: ignore[reportArgumentType]
+    if name in METHODS:
+        return Adaptive(name, **_values(text, options, ADAPTIVE_OPTIONS))  # pyright: ignore[reportArgumentType]
+    if name not in SCHEMES:
+        raise ValueError(
+            f"unknown solver {name!r} in {text!r}; fixed-step: {', '.join(SCHEMES)}; adaptive: {', '.join(METHODS)}"
+        )
+    order = {"order": int} if SCHEMES[name] is AdamsBashforth else {}
+    values = _values(text, options, {**order, **FIXED_OPTIONS})
+    scheme = SCHEMES[name](**{key: values.pop(key) for key in order if key in values})  # pyright: ignore[reportCallIssue]
+    return FixedStep(scheme, **values)  # pyright: ignore[reportArgumentType]
+
+
+def _option(text: str, part: str) -> tuple[str, str]:
+    key, equals, value = part.partition("=")
+    if not equals or not value.strip():
+        raise ValueError(f"in {text!r}, {part!r} is not of the form key=value")
+    return key.strip(), value.strip()
+
+
+def _values(text: str, options: dict[str, str], valid: dict[str, Callable[[str], object]]) -> dict[str, object]:
+    unknown = options.keys() - valid.keys()
+    if unknown:
+        raise ValueError(f"unknown option {', '.join(sorted(unknown))} in {text!r}; valid: {', '.join(valid)}")
+    try:
+        return {key: valid[key](value) for key, value in options.items()}
+    except ValueError as error:
+        raise ValueError(f"in {text!r}: {error}") from None
+
+
+def describe(solver: Solver) -> str:
+    """The text that `parse` turns back into an equal solver.
+
+    Raises:
+        TypeError: a solver or scheme from outside the library, which text cannot name.
+    """
+    if isinstance(solver, Adaptive):
+        name, options = solver.method, _changed(solver, ADAPTIVE_OPTIONS, always=("rtol", "atol"))
+    elif isinstance(solver, FixedStep):
+        name, options = _scheme_name(solver.scheme), _changed(solver, FIXED_OPTIONS)
+        if isinstance(solver.scheme, AdamsBashforth):
+            options = [f"order={solver.scheme.order}", *options]
+        if isinstance(solver.scheme, Embedded) and not options:
+            options = ["h=1"]
+    else:
+        raise TypeError(f"{solver!r} has no textual form")
+    return ":".join([name, ",".join(options)] if options else [name])
+
+
+def _scheme_name(scheme: Scheme) -> str:
+    if isinstance(scheme, Embedded):
+        return scheme.method
+    for name, known in SCHEMES.items():
+        if type(scheme) is known:
+            return name
+    raise TypeError(f"the scheme {scheme!r} is not one of the library's and has no textual form")
+
+
+def _changed(solver: FixedStep | Adaptive, keys: dict[str, Callable[[str], object]], always: tuple[str, ...] = ()) -> list[str]:
+    """key=value for the options that differ from their defaults."""
+    defaults = {option.name: option.default for option in dataclasses.fields(solver)}
+    values = {key: getattr(solver, key) for key in keys}
+    return [f"{key}={_text(value)}" for key, value in values.items() if key in always or value != defaults[key]]
+
+
+def _text(value: object) -> str:
+    return "/".join(repr(depth) for depth in value) if isinstance(value, tuple) else str(value)
