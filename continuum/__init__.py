@@ -5,7 +5,7 @@ A deep residual network is a *field* stepped by a *scheme*. The field says where
 gradients come back; a *flow* is the resulting layer.
 """
 
-from continuum.fields import Autonomous, Field, Momentum, Scaled, SecondOrder
+from continuum.fields import MLP, Autonomous, Field, Momentum, ODENetBranch, PreActivation, Scaled, SecondOrder
 from continuum.flow import Flow
 from continuum.models import Augment, Network, lm_resnet, mlp, odenet, preresnet
 from continuum.models.checkpoint import CheckpointError, load, save
@@ -16,6 +16,7 @@ from continuum.weights import PiecewiseConstant
 __version__ = "0.1.0"
 
 __all__ = [
+    "MLP",
     "RK4",
     "AdamsBashforth",
     "Adaptive",
@@ -32,7 +33,9 @@ __all__ = [
     "Midpoint",
     "Momentum",
     "Network",
+    "ODENetBranch",
     "PiecewiseConstant",
+    "PreActivation",
     "Scaled",
     "SecondOrder",
     "SolveError",

@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from continuum.files import whole_file
 from continuum.flow import Flow
 from continuum.models import zoo
 from continuum.models.network import Network
@@ -61,26 +61,11 @@ def _plain(name: str, value: object) -> object:
 def save(network: Network, path: str | os.PathLike[str]) -> None:
     """Write `network` to `path`: a file that `load` turns back into it, and that torch.load reads with weights_only.
 
-    It is written beside its place and renamed when complete, so a failure leaves an older file as it was.
+    A failure leaves an older file as it was.
     """
     content = {KEY: description(network), "state_dict": network.state_dict()}
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(content, file)
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are private
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
+    with whole_file(path) as temporary:
+        torch.save(content, temporary)
 
 
 def load(path: str | os.PathLike[str], builder: Callable[..., Network] | None = None) -> Network:

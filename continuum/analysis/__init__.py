@@ -1,0 +1,1 @@
+"""Questions asked of a flow: numbers out, and pictures of them."""

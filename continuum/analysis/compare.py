@@ -1,0 +1,114 @@
+"""One set of weights under many solvers: what each costs, and how far its answers are from those of the training solver."""
+
+import csv
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from continuum.analysis.memory import peak_memory
+from continuum.files import whole_file
+from continuum.models import Network
+from continuum.solvers import SolveError, Solver
+
+
+@dataclass
+class Row:
+    """One solver's results.
+
+    `evaluations` (of the fields, per sample), `accepted` and `rejected` steps are summed over the flows and averaged over
+    the samples; `agreement` is the share of predictions equal to the reference's; `logit_difference` the largest absolute one;
+    `milliseconds` per image, the median over batches; `memory` the peak of one batch in MiB. `grids` are the steps of each
+    flow on the first batch. A solver that failed has its `error` and no numbers.
+    """
+
+    solver: str
+    evaluations: float = math.nan
+    accepted: float = math.nan
+    rejected: float = math.nan
+    accuracy: float = math.nan
+    loss: float = math.nan
+    agreement: float = math.nan
+    logit_difference: float = math.nan
+    milliseconds: float = math.nan
+    memory: float = math.nan
+    error: str = ""
+    grids: list[list[float]] = field(default_factory=list)
+
+
+@torch.no_grad()
+def compare(
+    network: Network, batches: Sequence[tuple[Tensor, Tensor]], solvers: Sequence[Solver], device: torch.device
+) -> Iterator[Row]:
+    """Run `network` on all `batches` (images, labels) under its own solver, then under each of `solvers`; a row at a time.
+
+    The first row is the reference of `agreement` and `logit_difference`.
+    """
+    network = network.to(device).eval()
+    batches = [(images.to(device), labels.to(device)) for images, labels in batches]
+    reference: Tensor | None = None
+    for solver in (network.solver, *solvers):
+        row = Row(str(solver))
+        try:
+            logits = _run(network.with_solver(solver), batches, device, row)
+        except SolveError as error:
+            row.error = str(error)
+            yield row
+            if reference is None:
+                raise
+            continue
+        reference = logits if reference is None else reference
+        labels = torch.cat([labels for _, labels in batches])
+        row.accuracy = float((logits.argmax(1) == labels).double().mean())
+        row.loss = float(cross_entropy(logits, labels))
+        row.agreement = float((logits.argmax(1) == reference.argmax(1)).double().mean())
+        row.logit_difference = float((logits - reference).abs().max())
+        yield row
+
+
+def _run(network: Network, batches: Sequence[tuple[Tensor, Tensor]], device: torch.device, row: Row) -> Tensor:
+    """The logits of all batches, filling in what they cost."""
+    first = batches[0][0]
+    row.memory = peak_memory(lambda: network(first), device) / 2**20  # also warms up
+    row.grids = [list(flow.cost.grid) for flow in network.flows if flow.cost]
+    logits, times, costs = [], [], []
+    for images, _ in batches:
+        start = time.perf_counter()
+        logits.append(network(images))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(1000 * (time.perf_counter() - start) / len(images))
+        total = [flow.cost for flow in network.flows if flow.cost]
+        counts = [sum(c.evaluations for c in total), sum(c.accepted for c in total), sum(c.rejected for c in total)]
+        costs.append((len(images), counts))
+    samples = sum(size for size, _ in costs)
+    row.evaluations, row.accepted, row.rejected = (sum(size * counts[i] for size, counts in costs) / samples for i in range(3))
+    row.milliseconds = statistics.median(times)
+    return torch.cat(logits)
+
+
+def write_csv(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
+    """The table without the grids, a line a solver."""
+    columns = [name for name in asdict(rows[0]) if name != "grids"]
+    with whole_file(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+def write_json(rows: Sequence[Row], facts: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """The rows with their grids, under the `facts` of the run; numbers that do not exist are null."""
+    table = [
+        {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in asdict(row).items()}
+        for row in rows
+    ]
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps({**facts, "rows": table}, indent=1) + "\n")

@@ -1,0 +1,281 @@
+"""The `continuum` command: fit, validate, test and predict on Lightning's command line, and compare."""
+
+import json
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from jsonargparse import lazy_instance
+from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+import continuum.training
+from continuum.analysis.compare import Row, compare, write_csv, write_json
+from continuum.analysis.plots import draw_comparison, draw_steps
+from continuum.models.checkpoint import BUILDERS, KEY, CheckpointError, read, restore
+from continuum.solvers import SolveError, parse
+from continuum.training import Classifier, Digits, ImageData, LogCost, WritePredictions
+
+EVALUATIONS = ("validate", "test", "predict")
+
+
+class Parser(LightningArgumentParser):
+    """A parser whose errors are the message alone, with the line of an unknown key in a config file."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        text = " ".join(str(message).split())
+        for key in re.findall(r"(?:Key|Option|option) ['\"]([\w.]+)['\"] is not", text):
+            text += "".join(f"; {key!r} stands in {where}" for where in _lines(key.split(".")[-1], sys.argv))
+        self.exit(2, f"continuum: {text}\n")
+
+
+def _lines(key: str, arguments: Iterable[str]) -> list[str]:
+    """Where `key` is used in the YAML files among the arguments, as file:line."""
+    found = []
+    for argument in arguments:
+        path = Path(argument.partition("=")[2] or argument)
+        if path.suffix in (".yaml", ".yml") and path.is_file():
+            found += [f"{path}:{line}" for line in _key_lines(yaml.compose(path.read_text()), key)]
+    return found
+
+
+def _key_lines(node: yaml.Node | None, key: str) -> list[int]:
+    if isinstance(node, yaml.MappingNode):
+        here = [name.start_mark.line + 1 for name, _ in node.value if name.value == key]
+        return here + [line for _, value in node.value for line in _key_lines(value, key)]
+    if isinstance(node, yaml.SequenceNode):
+        return [line for item in node.value for line in _key_lines(item, key)]
+    return []
+
+
+class SaveConfig(SaveConfigCallback):
+    """Saves the resolved config beside the checkpoints; a resumed run finds its own and replaces it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "overwrite": True})
+
+
+class CommandLine(LightningCLI):
+    """Lightning's command line over `Classifier` and the data modules; one seed for weights, batches and augmentation."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.set_defaults(
+            {
+                "data": lazy_instance(Digits),
+                "model.network": {
+                    "class_path": "continuum.odenet",
+                    "init_args": {"width": 16, "downsample": False},
+                },
+                "model.schedule": {"class_path": "continuum.training.OneCycle"},
+            }
+        )
+        parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; problems a user can mend end in one line and exit status 2, a failed solve in status 1."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        if arguments[:1] == ["compare"]:
+            compare_command(arguments[1:])
+        elif arguments[:1] == ["--version"]:
+            print(continuum.__version__)
+        else:
+            lightning(_with_checkpoint(arguments))
+    except (CheckpointError, FileNotFoundError) as error:
+        print(f"continuum: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except SolveError as error:
+        print(f"continuum: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def lightning(arguments: list[str]) -> None:
+    CommandLine(
+        Classifier,
+        ImageData,
+        subclass_mode_data=True,
+        save_config_callback=SaveConfig,
+        seed_everything_default=0,
+        parser_class=Parser,
+        parser_kwargs={"description": DESCRIPTION},
+        auto_configure_optimizers=False,
+        trainer_defaults={
+            "max_epochs": 20,
+            "callbacks": [
+                ModelCheckpoint(
+                    filename="best", monitor="val/accuracy", mode="max", save_last=True, enable_version_counter=False
+                ),
+                LogCost(),
+                WritePredictions(),
+                RichProgressBar(),
+            ],
+        },
+        args=arguments,
+    )
+
+
+DESCRIPTION = f"""Train networks of continuous depth and run their weights under any solver.
+Networks are built by {", ".join(f"continuum.{name}" for name in BUILDERS)}, or a function of your own decorated with
+continuum.models.builder. A further command, `continuum compare CHECKPOINT`, tables one set of weights under many solvers
+(`continuum compare --help`)."""
+
+
+def _with_checkpoint(arguments: list[str]) -> list[str]:
+    """For validate, test and predict without a config: the network and the data that the checkpoint itself describes."""
+    path = _value(arguments, "--ckpt_path")
+    stated = any(argument.split("=")[0] in ("-c", "--config", "--model", "--model.network") for argument in arguments)
+    if not arguments or arguments[0] not in EVALUATIONS or path is None or stated or not Path(path).is_file():
+        return arguments
+    description = read(path)[KEY]
+    network = {"class_path": f"continuum.{description['builder']}", "init_args": dict(description["arguments"])}
+    network["init_args"]["solver"] = description["solvers"][0]
+    defaults = [f"--model.network={json.dumps(network)}"]
+    if "data" in description:
+        data = {
+            "class_path": f"continuum.training.{description['data']['class']}",
+            "init_args": description["data"]["arguments"],
+        }
+        seed = data["init_args"].pop("seed", 0)
+        defaults += [f"--seed_everything={seed}", f"--data={json.dumps(data)}"]
+    return [arguments[0], *defaults, *arguments[1:]]
+
+
+def _value(arguments: list[str], option: str) -> str | None:
+    """The value given to `option`, as `--option value` or `--option=value`."""
+    for index, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name == option:
+            return value if equals else (arguments[index + 1 : index + 2] or [None])[0]
+    return None
+
+
+DEFAULT_SOLVERS = (
+    "euler:h=1",
+    "euler:h=0.5",
+    "euler:h=0.25",
+    "midpoint:h=0.5",
+    "rk4:h=1",
+    "rk4:h=0.25",
+    "dopri5:rtol=1e-3,atol=1e-3",
+    "dopri5:rtol=1e-5,atol=1e-5",
+)
+
+
+def compare_parser() -> Parser:
+    parser = Parser(
+        prog="continuum compare",
+        description="Table one set of weights under many solvers: cost, accuracy, and distance from the solver of training.",
+    )
+    parser.add_argument("checkpoint", help="a file of continuum.save, or a checkpoint of `continuum fit`")
+    parser.add_argument(
+        "--solver",
+        action="append",
+        metavar="NAME:KEY=VALUE,...",
+        help="a solver to run, such as rk4:h=0.5 or dopri5:rtol=1e-3,atol=1e-3; may be repeated "
+        f"(default: {', '.join(DEFAULT_SOLVERS)})",
+    )
+    parser.add_subclass_arguments(
+        ImageData, "data", required=False, help="the images to compare on (default: the test set of the training's data)"
+    )
+    parser.add_argument("--images", type=int, help="use so many test images, chosen by the data's seed (default: all)")
+    parser.add_argument("--batch_size", type=int, help="images a batch; an adaptive solver shares its steps within one")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--out", help="folder for the table and pictures (default: compare/ beside the checkpoint)")
+    return parser
+
+
+def compare_command(arguments: list[str]) -> None:
+    """`continuum compare`: rows are printed as they come, then written as CSV, JSON and pictures."""
+    parser = compare_parser()
+    options = parser.parse_args(arguments)
+    try:
+        solvers = [parse(text) for text in options.solver or DEFAULT_SOLVERS]
+    except ValueError as error:
+        parser.error(str(error))
+    content = read(options.checkpoint)
+    network = restore(content, options.checkpoint)
+    data = parser.instantiate_classes(options).data or _described_data(content, options.checkpoint)
+    if options.batch_size:
+        data.batch_size = options.batch_size
+    data.prepare_data()
+    data.setup("test")
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    batches = list(data.test_batches(options.images))
+    rows = []
+    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), transient=True) as progress:
+        task = progress.add_task("solvers", total=len(solvers) + 1)
+        for row in compare(network, batches, solvers, device):
+            rows.append(row)
+            progress.advance(task)
+    Console(width=None if sys.stdout.isatty() else 160).print(_table(rows))
+    for row in rows:
+        if row.error:
+            print(f"{row.solver} failed: {row.error}")
+    facts = {
+        "checkpoint": str(options.checkpoint),
+        "data": type(data).__name__,
+        "images": sum(len(labels) for _, labels in batches),
+        "batch_size": data.batch_size,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+    }
+    out = Path(options.out) if options.out else Path(options.checkpoint).parent / "compare"
+    write_csv(rows, out / "compare.csv")
+    write_json(rows, facts, out / "compare.json")
+    draw_comparison(rows, out / "compare.png")
+    steps = draw_steps(rows, out / "steps.png")
+    print(f"table:    {out / 'compare.csv'}, {out / 'compare.json'}")
+    print(f"pictures: {out / 'compare.png'}" + (f", {out / 'steps.png'}" if steps else ""))
+
+
+def _described_data(content: dict[str, Any], path: str) -> ImageData:
+    stated = content[KEY].get("data")
+    if stated is None:
+        raise CheckpointError(f"{path} does not say which data it was trained on: name them, for example --data Digits")
+    try:
+        return getattr(continuum.training, stated["class"])(**stated["arguments"])
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} names data that cannot be built ({error}): give --data") from None
+
+
+def _table(rows: Sequence[Row]) -> Table:
+    table = Table(title="one set of weights, many solvers (the first row is the solver of training)")
+    headings = (
+        "solver",
+        "evaluations",
+        "accepted",
+        "rejected",
+        "accuracy %",
+        "loss",
+        "agreement %",
+        "logit diff.",
+        "ms/image",
+        "MiB",
+    )
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "solver" else "right", no_wrap=heading == "solver")
+    for row in rows:
+        if row.error:
+            table.add_row(row.solver, "failed")
+            continue
+        table.add_row(
+            row.solver,
+            f"{row.evaluations:.1f}",
+            f"{row.accepted:.1f}",
+            f"{row.rejected:.1f}",
+            f"{100 * row.accuracy:.2f}",
+            f"{row.loss:.4f}",
+            f"{100 * row.agreement:.2f}",
+            f"{row.logit_difference:.2e}",
+            f"{row.milliseconds:.3f}",
+            f"{row.memory:.1f}",
+        )
+    return table

@@ -1,0 +1,59 @@
+"""Where a network's state stops being finite: fixed steps do not look while they run, so this runs them again and does."""
+
+import torch
+from torch import Tensor
+
+from continuum.flow import Flow
+from continuum.models.network import Network, solve_named
+from continuum.solvers import FixedStep, SolveError
+from continuum.solvers.base import rows_not_finite, statistics_untouched
+from continuum.types import Images, State
+
+ADVICE = "Check these inputs and the weights; a lower learning rate, smaller steps or normalised inputs may help"
+
+
+@torch.no_grad()
+def find_failure(network: Network, images: Images) -> SolveError:
+    """The error that says where, on these images, the state of `network` first is not finite.
+
+    Returned, not raised; BatchNorm's buffers stay as they are.
+    """
+    with statistics_untouched(network):
+        x, previous = network.stem(images), None
+        if rows_not_finite(x):
+            return _error("the stem's output is not finite", rows=rows_not_finite(x))
+        for index, stage in enumerate(network.stages):
+            if not isinstance(stage, Flow):
+                x, previous = stage(x)
+                if rows_not_finite(x):
+                    return _error(f"the output of the transition stages.{index} is not finite", rows=rows_not_finite(x))
+                continue
+            try:
+                x = _solve_looking(stage, x, previous, index)
+            except SolveError as error:
+                return error
+            previous = None
+        rows = rows_not_finite(network.head(x))
+        reason = "the head's output is not finite" if rows else "all logits are finite, but the loss is not"
+        return _error(reason, rows=rows)
+
+
+def _solve_looking(flow: Flow, x: State, previous: State | None, index: int) -> Tensor:
+    """The end state of a flow, looking at the state after each of its fixed steps."""
+    if not isinstance(flow.solver, FixedStep):
+        return solve_named(flow, x, index)
+    steps = flow.solver.steps(0.0, flow.depth)
+    times = [*(t for t, _ in steps), flow.depth]
+    states = flow.solver(flow.field, x, times, previous).states
+    for count, state in enumerate(states[1:], 1):
+        if rows := rows_not_finite(state):
+            t, h = steps[count - 1]
+            error = _error("the state is not finite after the step", t, h, rows)
+            error.evaluations = flow.solver.scheme.evaluations(flow.field, steps[:count])
+            error.flow = f"stages.{index}"
+            raise error
+    return states[-1]
+
+
+def _error(reason: str, depth: float = 0.0, step: float = 0.0, rows: list[int] | None = None) -> SolveError:
+    return SolveError(reason, depth=depth, step=step, evaluations=0, rows=rows or (), advice=ADVICE)

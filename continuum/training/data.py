@@ -1,0 +1,371 @@
+"""Images for classification, in memory as uint8 and augmented in whole batches on the training device.
+
+Random numbers are keyed, not consumed: an epoch's order derives from (seed, epoch), a batch's augmentation from (seed, epoch,
+batch, rank). So a resumed run repeats the uninterrupted one, and no generator state is kept.
+"""
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
+
+from continuum.training.images import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    InMemory,
+    LabelledImages,
+    OnDisk,
+    RawBatch,
+    Request,
+    augmented,
+    decoded,
+    keyed_generator,
+)
+
+Loader = DataLoader[Any]
+
+
+class KeyedBatches(DistributedSampler[Any]):
+    """Whole batches of indices with their augmentation keys, for this rank.
+
+    A `DistributedSampler`, so that Lightning leaves it in place. Epoch and position come from the trainer when there is one,
+    and an epoch that was cut short goes on at the batch after the last one trained on.
+    """
+
+    def __init__(self, indices: Tensor, batch_size: int, seed: int, shuffle: bool, trainer: pl.Trainer | None) -> None:
+        self.indices, self.batch_size, self.seed, self.shuffle, self.trainer = indices, batch_size, seed, shuffle, trainer
+        self.rank = trainer.global_rank if trainer else 0
+        self.num_replicas = trainer.world_size if trainer else 1
+        self.epoch = 0
+
+    def batches(self, epoch: int) -> list[Tensor]:
+        """The index batches of an epoch; under several ranks, all have equally many."""
+        indices = self.indices
+        if self.shuffle:
+            indices = indices[torch.randperm(len(indices), generator=keyed_generator(self.seed, "order", epoch))]
+        if self.num_replicas > 1:
+            share = -(-len(indices) // self.num_replicas)
+            if self.shuffle:  # every rank trains on equally many images: the first few serve twice
+                indices = torch.cat([indices, indices[: share * self.num_replicas - len(indices)]])
+            indices = indices[self.rank :: self.num_replicas]
+        batches = list(indices.split(self.batch_size))
+        if self.shuffle and len(batches) > 1 and len(batches[-1]) == 1:  # BatchNorm cannot train on a single image
+            batches[-2:] = [torch.cat(batches[-2:])]
+        return batches
+
+    def __iter__(self) -> Iterator[Request]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        epoch, start = self.epoch, 0
+        batches = None
+        if self.shuffle and self.trainer is not None:
+            epoch = self.trainer.current_epoch
+            batches = self.batches(epoch)
+            progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+            start = progress.processed
+            start = 0 if start >= len(batches) else start
+        batches = self.batches(epoch) if batches is None else batches
+        for number in range(start, len(batches)):
+            yield batches[number], self.key(epoch, number)
+
+    def key(self, epoch: int, number: int) -> int:
+        if not self.shuffle:
+            return -1
+        return int(torch.randint(2**62, (), generator=keyed_generator(self.seed, "batch", epoch, number, self.rank)))
+
+    def __len__(self) -> int:
+        return len(self.batches(0))
+
+
+class BatchLoader(DataLoader[Any]):
+    """Loads what `KeyedBatches` asks for. It has no state: position and epoch are the trainer's, which restores them."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Tell Lightning that this loader resumes in the middle of an epoch."""
+
+
+class ImageData(pl.LightningDataModule, ABC):
+    """A labelled set of images with a seeded validation split of its training part.
+
+    Batches arrive as images, (batch, channels, height, width) in float32, normalised per channel, and labels in int64.
+    After `setup`: `classes`, `num_classes`, `shape` of an image, `mean` and `std` of the training images.
+
+    Args:
+        batch_size: images a batch and rank.
+        validation: the share of the training images that is held out; never the test images.
+        crop: pad by so many black pixels and crop at random; None takes what is usual for the set.
+        flip: mirror half of the training images; None takes what is usual for the set.
+        train_size: train on so many images only, chosen by the seed.
+        seed: of the split, the order of the batches and the augmentation.
+    """
+
+    usual_crop: ClassVar[int] = 0
+    usual_flip: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        batch_size: int = 128,
+        validation: float = 0.1,
+        crop: int | None = None,
+        flip: bool | None = None,
+        train_size: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size is at least 1, not {batch_size}")
+        if not 0 <= validation < 1:
+            raise ValueError(f"validation is a share of the training images in [0, 1), not {validation}")
+        if crop is not None and crop < 0:
+            raise ValueError(f"crop is a number of pixels, not {crop}")
+        if train_size is not None and train_size < 1:
+            raise ValueError(f"train_size is a positive number of images, not {train_size}")
+        self.batch_size = batch_size
+        self.validation = validation
+        self.crop = self.usual_crop if crop is None else crop
+        self.flip = self.usual_flip if flip is None else flip
+        self.train_size = train_size
+        self.seed = seed
+        self.classes: list[str] = []
+        self.train_images: LabelledImages | None = None
+
+    @abstractmethod
+    def load(self, train: bool) -> LabelledImages:
+        """The training or the test images; sets `classes`."""
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What was given to the constructor, as plain data."""
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    def setup(self, stage: str | None = None) -> None:
+        if self.train_images is not None:
+            return
+        self.test_images = self.load(train=False)
+        train = self.load(train=True)
+        if isinstance(train, InMemory):
+            self.mean, self.std = train.statistics()
+        else:
+            self.mean, self.std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+        self.shape = tuple(train.images(torch.tensor([0])).shape[1:])
+        order = torch.randperm(len(train), generator=keyed_generator(self.seed, "split"))
+        held_out = round(self.validation * len(train))
+        self.val_indices, self.train_indices = order[:held_out], order[held_out:][: self.train_size]
+        self.train_images = train
+
+    def _loader(self, images: LabelledImages | None, indices: Tensor, shuffle: bool) -> Loader:
+        assert images is not None, "setup comes first"
+        sampler = KeyedBatches(indices, self.batch_size, self.seed, shuffle, self.trainer)
+        workers = self.workers if isinstance(images, OnDisk) and isinstance(self, ImageFolder) else 0
+        return BatchLoader(images, batch_size=None, sampler=sampler, num_workers=workers)
+
+    def train_dataloader(self) -> Loader:
+        return self._loader(self.train_images, self.train_indices, shuffle=True)
+
+    def val_dataloader(self) -> Loader:
+        return self._loader(self.train_images, self.val_indices, shuffle=False)
+
+    def test_dataloader(self) -> Loader:
+        return self._loader(self.test_images, torch.arange(len(self.test_images)), shuffle=False)
+
+    def predict_dataloader(self) -> Loader:
+        return self.test_dataloader()
+
+    def test_batches(self, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """The test images without a trainer: normalised batches on the CPU; at most `limit` images, chosen by the seed."""
+        count = len(self.test_images)
+        indices = torch.arange(count)
+        if limit is not None and limit < count:
+            indices = torch.randperm(count, generator=keyed_generator(self.seed, "subset"))[:limit].sort().values
+        for batch in indices.split(self.batch_size):
+            yield self.on_after_batch_transfer(self.test_images[batch, -1], 0)
+
+    def on_after_batch_transfer(self, batch: RawBatch, dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        images, labels, key = batch
+        if key >= 0:
+            images = augmented(images, self.crop, self.flip, keyed_generator(key))
+        shape = (1, -1, 1, 1)
+        mean, std = (255 * s.to(images.device, torch.float32).view(shape) for s in (self.mean, self.std))
+        return (images.float() - mean) / std, labels
+
+
+class Digits(ImageData):
+    """The 1,797 handwritten digits of scikit-learn, 8 x 8 pixels and one channel; every fifth is a test image."""
+
+    def load(self, train: bool) -> LabelledImages:
+        from sklearn.datasets import load_digits
+
+        digits: Any = load_digits()
+        pixels = (torch.from_numpy(digits.images) * (255 / 16)).round().to(torch.uint8)[:, None]
+        labels = torch.from_numpy(digits.target).long()
+        self.classes = [str(name) for name in digits.target_names]
+        test = torch.arange(len(labels)) % 5 == 4
+        chosen = ~test if train else test
+        return InMemory(pixels[chosen], labels[chosen])
+
+
+class TorchvisionData(ImageData):
+    """A data set of torchvision under `root`, downloaded when it is not there.
+
+    Args:
+        root: the folder that holds the data set, or takes the download.
+        batch_size: images a batch and rank.
+        validation: the share of the training images that is held out; never the test images.
+        crop: pad by so many black pixels and crop at random; None takes what is usual for the set.
+        flip: mirror half of the training images; None takes what is usual for the set.
+        train_size: train on so many images only, chosen by the seed.
+        seed: of the split, the order of the batches and the augmentation.
+
+    Raises:
+        FileNotFoundError: the data are not there and cannot be downloaded.
+    """
+
+    def __init__(
+        self,
+        root: str = "data",
+        batch_size: int = 128,
+        validation: float = 0.1,
+        crop: int | None = None,
+        flip: bool | None = None,
+        train_size: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, validation, crop, flip, train_size, seed)
+        self.root = root
+
+    def prepare_data(self) -> None:
+        self._open(train=True, download=True)
+        self._open(train=False, download=True)
+
+    def _open(self, train: bool, download: bool = False) -> Any:
+        from torchvision import datasets
+
+        name = type(self).__name__
+        try:
+            return getattr(datasets, name)(self.root, train=train, download=download)
+        except (OSError, RuntimeError) as error:  # a failed download, or files that are missing or damaged
+            raise FileNotFoundError(
+                f"{name} is not in {Path(self.root).resolve()} and could not be downloaded ({error}): run once with network "
+                f"access, or copy there the folder that torchvision.datasets.{name}(root, download=True) makes elsewhere"
+            ) from None
+
+    def load(self, train: bool) -> LabelledImages:
+        found = self._open(train)
+        self.classes = [str(name) for name in found.classes]
+        pixels = torch.as_tensor(found.data)
+        pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
+        return InMemory(pixels, torch.as_tensor(found.targets).long())
+
+
+class MNIST(TorchvisionData):
+    """MNIST: 28 x 28 pixels, one channel, ten digits."""
+
+    usual_crop = 2
+
+
+class FashionMNIST(TorchvisionData):
+    """Fashion-MNIST: 28 x 28 pixels, one channel, ten kinds of clothing (arXiv 1708.07747)."""
+
+    usual_crop = 2
+    usual_flip = True
+
+
+class CIFAR10(TorchvisionData):
+    """CIFAR-10: 32 x 32 pixels, three channels, ten classes."""
+
+    usual_crop = 4
+    usual_flip = True
+
+
+class CIFAR100(TorchvisionData):
+    """CIFAR-100: 32 x 32 pixels, three channels, a hundred classes."""
+
+    usual_crop = 4
+    usual_flip = True
+
+
+class ImageFolder(ImageData):
+    """A folder with train/<class>/ and test/<class>/ of images (JPEG, PNG and whatever else Pillow reads).
+
+    Args:
+        root: the folder.
+        size: scale the shorter side to so many pixels and crop the centre; None for images of one size.
+        memory_limit: sets of more decoded bytes are read from disk, batch by batch.
+        workers: processes that decode images from disk.
+        batch_size: images a batch and rank.
+        validation: the share of the training images that is held out; never the test images.
+        crop: pad by so many black pixels and crop at random; None takes 4.
+        flip: mirror half of the training images; None does.
+        train_size: train on so many images only, chosen by the seed.
+        seed: of the split, the order of the batches and the augmentation.
+
+    Raises:
+        FileNotFoundError: train/ or test/ is missing, or empty.
+        ValueError: their classes differ, sizes differ without `size`, or a file is no image.
+    """
+
+    usual_crop = 4
+    usual_flip = True
+
+    def __init__(
+        self,
+        root: str,
+        size: int | None = None,
+        memory_limit: int = 2**31,
+        workers: int = 2,
+        batch_size: int = 128,
+        validation: float = 0.1,
+        crop: int | None = None,
+        flip: bool | None = None,
+        train_size: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, validation, crop, flip, train_size, seed)
+        if size is not None and size < 1:
+            raise ValueError(f"size is a positive number of pixels, not {size}")
+        self.root, self.size, self.memory_limit, self.workers = root, size, memory_limit, workers
+
+    def prepare_data(self) -> None:
+        train, test = (set(self._class_folders(part)) for part in ("train", "test"))
+        if train != test:
+            raise ValueError(
+                f"the classes in {Path(self.root).resolve()} differ: only in train/: {sorted(train - test)}, only in test/: "
+                f"{sorted(test - train)}"
+            )
+
+    def _class_folders(self, part: str) -> list[str]:
+        folder = Path(self.root) / part
+        names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
+        if not names:
+            raise FileNotFoundError(
+                f"no class folders in {folder.resolve()}: ImageFolder reads <root>/train/<class>/ and <root>/test/<class>/; "
+                "give the folder above train/ as root, or unpack the images there"
+            )
+        return names
+
+    def load(self, train: bool) -> LabelledImages:
+        self.prepare_data()
+        part = "train" if train else "test"
+        self.classes = self._class_folders(part)
+        paths, labels = [], []
+        for label, name in enumerate(self.classes):
+            files = sorted(path for path in (Path(self.root) / part / name).iterdir() if not path.name.startswith("."))
+            paths += files
+            labels += [label] * len(files)
+        if not paths:
+            raise FileNotFoundError(f"the class folders in {(Path(self.root) / part).resolve()} are empty")
+        images = OnDisk(paths, torch.tensor(labels), self.size)
+        bytes_needed = len(paths) * decoded(paths[0], self.size).numel()
+        return images.in_memory() if bytes_needed <= self.memory_limit else images
