@@ -3,13 +3,14 @@
 import json
 import re
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 import yaml
-from jsonargparse import lazy_instance
+from jsonargparse.typing import lazy_instance
 from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from rich.console import Console
@@ -66,16 +67,9 @@ class CommandLine(LightningCLI):
     """Lightning's command line over `Classifier` and the data modules; one seed for weights, batches and augmentation."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.set_defaults(
-            {
-                "data": lazy_instance(Digits),
-                "model.network": {
-                    "class_path": "continuum.odenet",
-                    "init_args": {"width": 16, "downsample": False},
-                },
-                "model.schedule": {"class_path": "continuum.training.OneCycle"},
-            }
-        )
+        # Safe as a default although jsonargparse carries arguments over to another class: all data modules share them.
+        parser.set_defaults({"data": lazy_instance(Digits)})
+        parser.set_defaults({"model.schedule": {"class_path": "continuum.training.OneCycle"}})
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
 
 
@@ -88,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
         elif arguments[:1] == ["--version"]:
             print(continuum.__version__)
         else:
-            lightning(_with_checkpoint(arguments))
+            lightning(_with_network(arguments))
     except (CheckpointError, FileNotFoundError) as error:
         print(f"continuum: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -98,6 +92,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def lightning(arguments: list[str]) -> None:
+    """Run Lightning's command line on `arguments`."""
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning against a newer torch
+    sys.argv[1:] = arguments  # where Lightning wants them
     CommandLine(
         Classifier,
         ImageData,
@@ -111,14 +108,18 @@ def lightning(arguments: list[str]) -> None:
             "max_epochs": 20,
             "callbacks": [
                 ModelCheckpoint(
-                    filename="best", monitor="val/accuracy", mode="max", save_last=True, enable_version_counter=False
+                    filename="best",
+                    monitor="val/accuracy",
+                    mode="max",
+                    save_last=True,
+                    enable_version_counter=False,
+                    save_on_train_epoch_end=True,
                 ),
                 LogCost(),
                 WritePredictions(),
                 RichProgressBar(),
             ],
         },
-        args=arguments,
     )
 
 
@@ -128,24 +129,36 @@ continuum.models.builder. A further command, `continuum compare CHECKPOINT`, tab
 (`continuum compare --help`)."""
 
 
-def _with_checkpoint(arguments: list[str]) -> list[str]:
-    """For validate, test and predict without a config: the network and the data that the checkpoint itself describes."""
+def _with_network(arguments: list[str]) -> list[str]:
+    """The arguments with the network they leave open: a small ODE-Net to fit, or what the checkpoint to evaluate describes.
+
+    Not a default of the parser, because jsonargparse would carry its arguments over to whatever network is chosen instead.
+    """
+    stated = any(a.split("=")[0].startswith(("-c", "--config", "--model.network", "--print_")) for a in arguments)
+    if not arguments or stated or "--help" in arguments or "-h" in arguments:
+        return arguments
     path = _value(arguments, "--ckpt_path")
-    stated = any(argument.split("=")[0] in ("-c", "--config", "--model", "--model.network") for argument in arguments)
-    if not arguments or arguments[0] not in EVALUATIONS or path is None or stated or not Path(path).is_file():
+    if arguments[0] == "fit" and path is None:
+        return _insert(arguments, {"model.network": _class("continuum.odenet", {"width": 16, "downsample": False})})
+    if arguments[0] not in EVALUATIONS or path is None or not Path(path).is_file():
         return arguments
     description = read(path)[KEY]
-    network = {"class_path": f"continuum.{description['builder']}", "init_args": dict(description["arguments"])}
-    network["init_args"]["solver"] = description["solvers"][0]
-    defaults = [f"--model.network={json.dumps(network)}"]
-    if "data" in description:
-        data = {
-            "class_path": f"continuum.training.{description['data']['class']}",
-            "init_args": description["data"]["arguments"],
-        }
-        seed = data["init_args"].pop("seed", 0)
-        defaults += [f"--seed_everything={seed}", f"--data={json.dumps(data)}"]
-    return [arguments[0], *defaults, *arguments[1:]]
+    network = {**description["arguments"], "solver": description["solvers"][0]}
+    found = {"model.network": _class(f"continuum.{description['builder']}", network)}
+    if "data" in description and _value(arguments, "--data") is None:
+        data = dict(description["data"]["arguments"])
+        found["seed_everything"] = data.pop("seed", 0)
+        found["data"] = _class(f"continuum.training.{description['data']['class']}", data)
+    return _insert(arguments, found)
+
+
+def _class(path: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    return {"class_path": path, "init_args": arguments}
+
+
+def _insert(arguments: list[str], options: dict[str, Any]) -> list[str]:
+    """The options before all others, so that what a user wrote overrides them."""
+    return [arguments[0], *(f"--{name}={json.dumps(value)}" for name, value in options.items()), *arguments[1:]]
 
 
 def _value(arguments: list[str], option: str) -> str | None:
@@ -202,7 +215,7 @@ def compare_command(arguments: list[str]) -> None:
         parser.error(str(error))
     content = read(options.checkpoint)
     network = restore(content, options.checkpoint)
-    data = parser.instantiate_classes(options).data or _described_data(content, options.checkpoint)
+    data = parser.instantiate_classes(options)["data"] or _described_data(content, options.checkpoint)
     if options.batch_size:
         data.batch_size = options.batch_size
     data.prepare_data()

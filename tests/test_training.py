@@ -1,0 +1,188 @@
+"""Training: two runs agree, a resumed run is the uninterrupted one, and a failed step leaves everything as it was."""
+
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+
+import continuum
+from continuum.models.failure import find_failure
+from continuum.training import Classifier, Digits, LogCost, OneCycle, Schedule, Steps, WritePredictions
+
+
+def small_network(solver: str = "euler") -> continuum.Network:
+    return continuum.preresnet(14, width=4, in_channels=1, solver=solver)
+
+
+def fit(
+    folder: Path,
+    epochs: int = 3,
+    resume: Path | None = None,
+    checkpoints: ModelCheckpoint | None = None,
+    schedule: Schedule | None = None,
+    stop_after: int = -1,
+) -> Classifier:
+    """A run of five batches an epoch; `stop_after` steps it is cut short, as if it had been killed."""
+    pl.seed_everything(0)
+    model = Classifier(small_network(), schedule=schedule or OneCycle())
+    data = Digits(batch_size=40, train_size=200, crop=1, seed=0)
+    callbacks: list[pl.Callback] = [checkpoints] if checkpoints else []
+    if stop_after > 0:
+        callbacks.append(StopAt(stop_after))
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        default_root_dir=folder,
+        callbacks=callbacks,
+        enable_checkpointing=bool(checkpoints),
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    try:
+        trainer.fit(model, data, ckpt_path=resume)
+    except InterruptedError:
+        assert stop_after > 0
+    return model
+
+
+class StopAt(pl.Callback):
+    """Raises when so many steps are done and their checkpoints are written."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
+        if trainer.global_step == self.step:
+            raise InterruptedError
+
+
+def same_state(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    first, second = a.state_dict(), b.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_two_runs_with_one_seed_are_equal(tmp_path: Path) -> None:
+    assert same_state(fit(tmp_path / "a", epochs=1).network, fit(tmp_path / "b", epochs=1).network)
+
+
+@pytest.mark.parametrize("schedule", [OneCycle(), Steps([1, 2])])
+@pytest.mark.parametrize("at_epoch_end", [True, False])
+def test_resuming_at_an_epoch_boundary_is_the_uninterrupted_run(tmp_path: Path, schedule: Schedule, at_epoch_end: bool) -> None:
+    """Whether the checkpoint was written at the end of the epoch or of its validation."""
+    whole = fit(tmp_path / "whole", schedule=schedule)
+    keep = ModelCheckpoint(tmp_path / "kept", "{epoch}", save_top_k=-1, save_on_train_epoch_end=at_epoch_end)
+    fit(tmp_path / "cut", checkpoints=keep, schedule=schedule, stop_after=10)
+    for epoch in (0, 1):
+        resumed = fit(tmp_path / "resumed", resume=tmp_path / "kept" / f"epoch={epoch}.ckpt", schedule=schedule)
+        assert same_state(whole.network, resumed.network), f"after epoch {epoch}"
+
+
+def test_resuming_within_an_epoch_replays_the_rest_of_it(tmp_path: Path) -> None:
+    whole = fit(tmp_path / "whole")
+    keep = ModelCheckpoint(tmp_path / "kept", "{step}", save_top_k=-1, every_n_train_steps=1)
+    fit(tmp_path / "cut", checkpoints=keep, stop_after=12)
+    for step in (2, 4, 5, 6, 9, 11):
+        resumed = fit(tmp_path / "resumed", resume=tmp_path / "kept" / f"step={step}.ckpt")
+        assert same_state(whole.network, resumed.network), f"after step {step}"
+
+
+class Poisoned(pl.Callback):
+    """Makes row 1 of one batch infinite."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: object, batch_idx: int) -> None:
+        if trainer.global_step == self.step:
+            self.before = {name: value.clone() for name, value in module.state_dict().items()}
+            batch[0][1] = float("inf")  # type: ignore[index]
+
+
+@pytest.mark.parametrize("solver", ["euler", "dopri5:rtol=1e-2,atol=1e-2"])
+def test_a_loss_that_is_not_finite_stops_before_anything_changes(tmp_path: Path, solver: str) -> None:
+    """Weights and BatchNorm buffers are those of the last good step, and the last good checkpoint loads."""
+    pl.seed_everything(0)
+    model = Classifier(small_network(solver))
+    poison = Poisoned(step=2)
+    keep = ModelCheckpoint(tmp_path, "good", every_n_train_steps=1, enable_version_counter=False)
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        callbacks=[poison, keep],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    with pytest.raises(continuum.SolveError) as caught:
+        trainer.fit(model, Digits(batch_size=16, train_size=64))
+    assert 1 in caught.value.rows
+    assert all(torch.equal(value, poison.before[name]) for name, value in model.state_dict().items() if "network" in name)
+    good = continuum.load(tmp_path / "good.ckpt")
+    assert all(torch.equal(value, poison.before[f"network.{name}"]) for name, value in good.state_dict().items())
+
+
+def test_the_failing_step_of_a_fixed_solve_is_named() -> None:
+    network = small_network().eval()
+    flow = network.flows[1]
+    with torch.no_grad():
+        flow.field.layers[0].module.conv2.weight.fill_(float("nan"))  # type: ignore[union-attr, index]
+    error = find_failure(network, torch.randn(3, 1, 8, 8))
+    assert error.flow == "stages.2"
+    assert (error.depth, error.step, error.evaluations, error.rows) == (0.0, 1.0, 1, (0, 1, 2))
+    assert "stages.2" in str(error)
+    assert "depth 0" in str(error)
+
+
+def test_where_a_state_outside_the_flows_breaks() -> None:
+    network = small_network().eval()
+    images = torch.randn(2, 1, 8, 8)
+    images[1] = float("nan")
+    assert "stem" in str(find_failure(network, images))
+    assert find_failure(network, images).rows == (1,)
+    assert "all logits are finite" in str(find_failure(network, torch.randn(2, 1, 8, 8)))
+
+
+def test_weight_decay_spares_k() -> None:
+    model = Classifier(continuum.lm_resnet(14, width=4), weight_decay=1e-4)
+    optimizer = model.configure_optimizers()
+    assert isinstance(optimizer, torch.optim.SGD)
+    decayed, spared = optimizer.param_groups
+    assert decayed["weight_decay"] == 1e-4
+    assert spared["weight_decay"] == 0
+    assert len(spared["params"]) == 3
+    assert all(k.shape == () for k in spared["params"])
+    assert len(decayed["params"]) + 3 == len(list(model.network.parameters()))
+
+
+def test_costs_are_logged(tmp_path: Path) -> None:
+    model = Classifier(small_network("rk4:h=0.5"))
+    trainer = pl.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, callbacks=[LogCost()], enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(model, Digits(batch_size=32, train_size=64))
+    logged = {name: float(value) for name, value in trainer.logged_metrics.items()}
+    assert [logged[f"flow{i}/evaluations"] for i in range(3)] == [16, 8, 8]
+    assert [logged[f"flow{i}/accepted"] for i in range(3)] == [4, 2, 2]
+    assert logged["evaluations"] == 32
+
+
+def test_predictions_are_written(tmp_path: Path) -> None:
+    trainer = pl.Trainer(
+        accelerator="cpu", logger=False, callbacks=[WritePredictions(str(tmp_path))], enable_progress_bar=False
+    )
+    trainer.predict(Classifier(small_network()), Digits())
+    lines = (tmp_path / "predictions.csv").read_text().splitlines()
+    assert lines[0].startswith("image,class,p(0),p(1)")
+    assert len(lines) == 1 + 359
+    probabilities = [float(p) for p in lines[1].split(",")[2:]]
+    assert abs(sum(probabilities) - 1) < 1e-5
+
+
+@pytest.mark.parametrize("make", [lambda: OneCycle(1.0), lambda: OneCycle(-0.1), lambda: Steps([2, 1]), lambda: Steps([1], 0)])
+def test_bad_schedules_are_refused(make: object) -> None:
+    with pytest.raises(ValueError, match="share|increasing"):
+        make()  # type: ignore[operator]
