@@ -23,6 +23,7 @@ from continuum.analysis.plots import draw_comparison, draw_steps
 from continuum.models.checkpoint import BUILDERS, KEY, CheckpointError, read, restore
 from continuum.solvers import SolveError, parse
 from continuum.training import Classifier, Digits, ImageData, LogCost, WritePredictions
+from continuum.training.images import DataError
 
 EVALUATIONS = ("validate", "test", "predict")
 
@@ -32,7 +33,8 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         text = " ".join(str(message).split())
-        for key in re.findall(r"(?:Key|Option|option) ['\"]([\w.]+)['\"] is not", text):
+        unknown = re.findall(r"(?<!Parser )(?:key|option) ['\"]([\w.]+)['\"]", text, re.IGNORECASE)
+        for key in unknown if re.search("accept|expected", text) else ():
             text += "".join(f"; {key!r} stands in {where}" for where in _lines(key.split(".")[-1], sys.argv))
         self.exit(2, f"continuum: {text}\n")
 
@@ -72,6 +74,12 @@ class CommandLine(LightningCLI):
         parser.set_defaults({"model.schedule": {"class_path": "continuum.training.OneCycle"}})
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
 
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except (TypeError, ValueError) as error:  # arguments that a network, solver or data set refuses
+            self.parser.error(str(error))
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; problems a user can mend end in one line and exit status 2, a failed solve in status 1."""
@@ -83,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(continuum.__version__)
         else:
             lightning(_with_network(arguments))
-    except (CheckpointError, FileNotFoundError) as error:
+    except (CheckpointError, DataError, FileNotFoundError) as error:
         print(f"continuum: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except SolveError as error:
@@ -139,7 +147,10 @@ def _with_network(arguments: list[str]) -> list[str]:
         return arguments
     path = _value(arguments, "--ckpt_path")
     if arguments[0] == "fit" and path is None:
-        return _insert(arguments, {"model.network": _class("continuum.odenet", {"width": 16, "downsample": False})})
+        small = {"model.network": _class("continuum.odenet", {"width": 16, "downsample": False}), "model.learning_rate": 0.3}
+        if not any(a.startswith("--data") for a in arguments):
+            small["data"] = _class("continuum.training.Digits", {"batch_size": 32})
+        return _insert(arguments, small)
     if arguments[0] not in EVALUATIONS or path is None or not Path(path).is_file():
         return arguments
     description = read(path)[KEY]

@@ -86,14 +86,13 @@ def describe(solver: Solver) -> str:
     if isinstance(solver, Adaptive):
         name, options = solver.method, _changed(solver, ADAPTIVE_OPTIONS, always=("rtol", "atol"))
     elif isinstance(solver, FixedStep):
-        name, options = _scheme_name(solver.scheme), _changed(solver, FIXED_OPTIONS)
+        shown = ("h",) if solver.grid is None else ()
+        name, options = _scheme_name(solver.scheme), _changed(solver, FIXED_OPTIONS, always=shown)
         if isinstance(solver.scheme, AdamsBashforth):
             options = [f"order={solver.scheme.order}", *options]
-        if isinstance(solver.scheme, Embedded) and not options:
-            options = ["h=1"]
     else:
         raise TypeError(f"{solver!r} has no textual form")
-    return ":".join([name, ",".join(options)] if options else [name])
+    return f"{name}:{','.join(options)}"
 
 
 def _scheme_name(scheme: Scheme) -> str:
@@ -113,4 +112,6 @@ def _changed(solver: FixedStep | Adaptive, keys: dict[str, Callable[[str], objec
 
 
 def _text(value: object) -> str:
-    return "/".join(repr(depth) for depth in value) if isinstance(value, tuple) else str(value)
+    if isinstance(value, tuple):
+        return "/".join(repr(depth) for depth in value)
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)

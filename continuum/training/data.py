@@ -19,6 +19,7 @@ from torch.utils.data.distributed import DistributedSampler
 from continuum.training.images import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    DataError,
     InMemory,
     LabelledImages,
     OnDisk,
@@ -313,7 +314,7 @@ class ImageFolder(ImageData):
 
     Raises:
         FileNotFoundError: train/ or test/ is missing, or empty.
-        ValueError: their classes differ, sizes differ without `size`, or a file is no image.
+        DataError: their classes differ, sizes differ without `size`, or a file is no image.
     """
 
     usual_crop = 4
@@ -340,7 +341,7 @@ class ImageFolder(ImageData):
     def prepare_data(self) -> None:
         train, test = (set(self._class_folders(part)) for part in ("train", "test"))
         if train != test:
-            raise ValueError(
+            raise DataError(
                 f"the classes in {Path(self.root).resolve()} differ: only in train/: {sorted(train - test)}, only in test/: "
                 f"{sorted(test - train)}"
             )

@@ -27,6 +27,10 @@ def keyed_generator(*key: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
+class DataError(ValueError):
+    """Images that cannot be used as they are: the message names the file or folder, and what to do."""
+
+
 class LabelledImages(Dataset[Any], ABC):
     """Images with labels, served in whole batches: `dataset[indices, key]` gives (images, labels, key)."""
 
@@ -81,13 +85,13 @@ def decoded(path: Path, size: int | None) -> Tensor:
     """The image at `path` in RGB, (3, height, width) in uint8.
 
     Raises:
-        ValueError: no readable image.
+        DataError: no readable image.
     """
     try:
         with Image.open(path) as image:
             image = image.convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"{path} is not a readable image ({error}): remove or replace it") from None
+        raise DataError(f"{path} is not a readable image ({error}): remove or replace it") from None
     if size is not None:
         scale = size / min(image.size)
         image = image.resize((max(size, round(image.width * scale)), max(size, round(image.height * scale))))
@@ -101,12 +105,12 @@ def stacked(images: Sequence[tuple[Path, Tensor]]) -> Tensor:
     """One tensor of equally large images.
 
     Raises:
-        ValueError: an image of another size, by name.
+        DataError: an image of another size, by name.
     """
     shape = images[0][1].shape
     for path, image in images:
         if image.shape != shape:
-            raise ValueError(
+            raise DataError(
                 f"{path} is {image.shape[2]} x {image.shape[1]} pixels, {images[0][0]} {shape[2]} x {shape[1]}: images of "
                 "several sizes need the argument size, to which they are scaled and cropped"
             )
