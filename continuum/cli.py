@@ -115,11 +115,12 @@ def lightning(arguments: list[str]) -> None:
         trainer_defaults={
             "max_epochs": 20,
             "callbacks": [
+                # Two, because one that monitors writes its `last` only when it has found a better one.
+                ModelCheckpoint(filename="last", enable_version_counter=False, save_on_train_epoch_end=True),
                 ModelCheckpoint(
                     filename="best",
                     monitor="val/accuracy",
                     mode="max",
-                    save_last=True,
                     enable_version_counter=False,
                     save_on_train_epoch_end=True,
                 ),
@@ -303,3 +304,7 @@ def _table(rows: Sequence[Row]) -> Table:
             f"{row.memory:.1f}",
         )
     return table
+
+
+if __name__ == "__main__":
+    main()

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -106,17 +108,26 @@ def test_fit_test_predict_compare(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert float(rows[0]["accuracy"]) == pytest.approx(float(torch.cat(correct).mean()))
 
 
-def test_fit_twice_and_resumed(tmp_path: Path) -> None:
-    """Equal weights from one seed; and from a run of one epoch that goes on, under the schedule of two."""
-    Path("config.yaml").write_text(CONFIG)
-    for name in ("a", "b", "c"):
-        stop = ["--trainer.limit_train_batches", "2"]
-        run("fit", "--config", "config.yaml", "--trainer.logger.init_args.name", name, *stop)
-    weights = [continuum.load(f"runs/{name}/checkpoints/last.ckpt").state_dict() for name in ("a", "b")]
-    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
-    run("fit", "--config", "config.yaml", "--trainer.logger.init_args.name", "c", "--ckpt_path", "last")
-    config = Path("runs/c/config.yaml").read_text()
-    assert "ckpt_path: last" in config
+def test_two_runs_are_equal_and_a_killed_one_resumes() -> None:
+    """`kill -9` after an epoch, then `--ckpt_path last`: the weights of the uninterrupted run, to the bit."""
+    Path("config.yaml").write_text(CONFIG.replace("max_epochs: 2", "max_epochs: 6"))
+
+    def arguments(name: str) -> list[str]:
+        return ["fit", "--config", "config.yaml", "--trainer.logger.init_args.name", name, "--ckpt_path", "last"]
+
+    run(*arguments("a"))
+    run(*arguments("b"))
+    process = subprocess.Popen([sys.executable, "-m", "continuum.cli", *arguments("c")], stdout=subprocess.DEVNULL)
+    checkpoint = Path("runs/c/checkpoints/last.ckpt")
+    while not checkpoint.is_file() and process.poll() is None:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    run(*arguments("c"))
+    a, b, c = (continuum.load(f"runs/{name}/checkpoints/last.ckpt").state_dict() for name in "abc")
+    assert torch.load("runs/a/checkpoints/last.ckpt", weights_only=True)["epoch"] == 5
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert all(torch.equal(a[key], c[key]) for key in a)
 
 
 def test_a_saved_network_is_compared_on_named_data(capsys: pytest.CaptureFixture[str]) -> None:

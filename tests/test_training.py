@@ -184,5 +184,5 @@ def test_predictions_are_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("make", [lambda: OneCycle(1.0), lambda: OneCycle(-0.1), lambda: Steps([2, 1]), lambda: Steps([1], 0)])
 def test_bad_schedules_are_refused(make: object) -> None:
-    with pytest.raises(ValueError, match="share|increasing"):
+    with pytest.raises(ValueError, match=r"share|increasing"):
         make()  # type: ignore[operator]

@@ -37,7 +37,8 @@ class KeyedBatches(DistributedSampler[Any]):
     """Whole batches of indices with their augmentation keys, for this rank.
 
     A `DistributedSampler`, so that Lightning leaves it in place. Epoch and position come from the trainer when there is one,
-    and an epoch that was cut short goes on at the batch after the last one trained on.
+    and an epoch that was cut short goes on at the batch after the last one trained on. Training drops no image: a last batch of
+    a single one, on which BatchNorm cannot train, joins the batch before it.
     """
 
     def __init__(self, indices: Tensor, batch_size: int, seed: int, shuffle: bool, trainer: pl.Trainer | None) -> None:
@@ -56,8 +57,8 @@ class KeyedBatches(DistributedSampler[Any]):
             if self.shuffle:  # every rank trains on equally many images: the first few serve twice
                 indices = torch.cat([indices, indices[: share * self.num_replicas - len(indices)]])
             indices = indices[self.rank :: self.num_replicas]
-        batches = list(indices.split(self.batch_size))
-        if self.shuffle and len(batches) > 1 and len(batches[-1]) == 1:  # BatchNorm cannot train on a single image
+        batches = list(indices.split(self.batch_size)) if len(indices) else []  # split makes one empty batch of nothing
+        if self.shuffle and len(batches) > 1 and len(batches[-1]) == 1:
             batches[-2:] = [torch.cat(batches[-2:])]
         return batches
 
@@ -85,6 +86,11 @@ class KeyedBatches(DistributedSampler[Any]):
 
 class BatchLoader(DataLoader[Any]):
     """Loads what `KeyedBatches` asks for. It has no state: position and epoch are the trainer's, which restores them."""
+
+    def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        # A generator, which starts at the first batch: worker processes would ask for batches at once, and when it resumes,
+        # Lightning makes its iterator before it restores the epoch.
+        yield from super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -163,14 +169,19 @@ class ImageData(pl.LightningDataModule, ABC):
         self.shape = tuple(train.images(torch.tensor([0])).shape[1:])
         order = torch.randperm(len(train), generator=keyed_generator(self.seed, "split"))
         held_out = round(self.validation * len(train))
+        if held_out == len(train):
+            raise ValueError(f"validation={self.validation} leaves none of {len(train)} images to train on: make it smaller")
         self.val_indices, self.train_indices = order[:held_out], order[held_out:][: self.train_size]
         self.train_images = train
 
     def _loader(self, images: LabelledImages | None, indices: Tensor, shuffle: bool) -> Loader:
         assert images is not None, "setup comes first"
+        if getattr(self.trainer, "overfit_batches", 0):
+            raise ValueError("overfit_batches would replace the order of the batches: overfit with a small train_size instead")
         sampler = KeyedBatches(indices, self.batch_size, self.seed, shuffle, self.trainer)
         workers = self.workers if isinstance(images, OnDisk) and isinstance(self, ImageFolder) else 0
-        return BatchLoader(images, batch_size=None, sampler=sampler, num_workers=workers)
+        unused = torch.Generator()  # without one, every iterator draws a seed for its workers from the global generator
+        return BatchLoader(images, batch_size=None, sampler=sampler, num_workers=workers, generator=unused)
 
     def train_dataloader(self) -> Loader:
         return self._loader(self.train_images, self.train_indices, shuffle=True)
@@ -186,6 +197,8 @@ class ImageData(pl.LightningDataModule, ABC):
 
     def test_batches(self, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """The test images without a trainer: normalised batches on the CPU; at most `limit` images, chosen by the seed."""
+        if limit is not None and limit < 1:
+            raise ValueError(f"limit is a positive number of images, not {limit}")
         count = len(self.test_images)
         indices = torch.arange(count)
         if limit is not None and limit < count:
@@ -257,8 +270,9 @@ class TorchvisionData(ImageData):
         try:
             return getattr(datasets, name)(self.root, train=train, download=download)
         except (OSError, RuntimeError) as error:  # a failed download, or files that are missing or damaged
+            reason = " ".join(str(error).split())
             raise FileNotFoundError(
-                f"{name} is not in {Path(self.root).resolve()} and could not be downloaded ({error}): run once with network "
+                f"{name} is not in {Path(self.root).resolve()} and could not be downloaded ({reason}): run once with network "
                 f"access, or copy there the folder that torchvision.datasets.{name}(root, download=True) makes elsewhere"
             ) from None
 
@@ -336,6 +350,8 @@ class ImageFolder(ImageData):
         super().__init__(batch_size, validation, crop, flip, train_size, seed)
         if size is not None and size < 1:
             raise ValueError(f"size is a positive number of pixels, not {size}")
+        if workers < 0:
+            raise ValueError(f"workers is a number of processes, not {workers}")
         self.root, self.size, self.memory_limit, self.workers = root, size, memory_limit, workers
 
     def prepare_data(self) -> None:
