@@ -70,7 +70,9 @@ class Flow(nn.Module):
 
     def with_solver(self, solver: Solver | str) -> "Flow":
         """A flow of the same field, sharing its weights, under another solver."""
-        return Flow(self.field, solver, self.depth).train(self.training)
+        flow = Flow(self.field, solver, self.depth)
+        flow.training = self.training  # not train(), which would set the shared field's modes too
+        return flow
 
     @torch.no_grad()
     def frozen(self, x: State) -> "Flow":
@@ -89,9 +91,13 @@ class Flow(nn.Module):
             scheme = Embedded(self.solver.method)
         except ValueError as error:
             raise TypeError(str(error)) from None
-        training = self.training
-        cost = self.eval().solver(self.field, x, (0.0, self.depth)).cost
-        return self.train(training).with_solver(FixedStep(scheme, grid=cost.grid))
+        modes = [(module, module.training) for module in self.modules()]
+        try:
+            cost = self.eval().solver(self.field, x, (0.0, self.depth)).cost
+        finally:
+            for module, training in modes:
+                module.training = training
+        return self.with_solver(FixedStep(scheme, grid=cost.grid))
 
     def extra_repr(self) -> str:
         return f"solver={self.solver}, depth={self.depth:g}"

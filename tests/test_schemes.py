@@ -258,6 +258,19 @@ def test_a_step_of_one_mth_stays_m_times_in_every_layer(dtype, back, m):
         assert set(map(float, range(depth + 1))) <= set(flow.cost.grid) | {0.0, float(depth)}
 
 
+@pytest.mark.parametrize("back", [False, True], ids=["forth", "back"])
+@pytest.mark.parametrize("dtype", [torch.float32, FLOAT64], ids=str)
+def test_stages_at_the_ends_of_rounded_steps_stay_in_their_layer(dtype, back):
+    """k/m + 1/m is not always the number (k + 1)/m, nor always on the knot that it stands for."""
+    x = torch.zeros(1, 1, dtype=dtype)
+    depth = 12
+    for m in range(1, 100):
+        calls = []
+        flow = Flow(PiecewiseConstant([Listed(k, calls) for k in range(depth)]), FixedStep(Heun(), h=1 / m), depth)
+        flow.trajectory(x, [depth, 0] if back else [0, depth])
+        assert calls == sorted([k for k in range(depth) for _ in range(2 * m)], reverse=back)
+
+
 @pytest.mark.parametrize("h", [2, 3, 4])
 def test_a_step_of_several_layers_reads_the_first_of_them(h):
     calls = []

@@ -31,6 +31,7 @@ from continuum import (
 )
 from continuum.solvers import Embedded, parse
 from continuum.solvers.adaptive import METHODS, PAIRS
+from continuum.solvers.text import describe
 
 WITHIN = {"dopri5": 10, "dopri8": 10, "bosh3": 20, "adaptive_heun": 20}
 TOLERANCES = {"dopri5": range(3, 10), "dopri8": range(3, 10), "bosh3": range(3, 10), "adaptive_heun": range(3, 6)}
@@ -57,7 +58,7 @@ def states(rows=4, features=3, seed=1):
 @pytest.mark.parametrize(("method", "digits"), [(method, d) for method in WITHIN for d in TOLERANCES[method]])
 @torch.no_grad()
 def test_error_is_a_small_multiple_of_the_tolerance(method, digits, problem):
-    """At the end and at every requested time, in both directions."""
+    """At the end and at every requested time. On the way back the logistic equation makes errors grow up to 15 times."""
     tolerance = 10.0**-digits
     flow = Flow(problem.field, tight(method, tolerance), depth=2)
     exact = torch.stack([problem.exact(t, 1.0) for t in TIMES])
@@ -65,17 +66,18 @@ def test_error_is_a_small_multiple_of_the_tolerance(method, digits, problem):
     assert ((flow.trajectory(problem.start, TIMES) - exact).abs() <= bound).all()
     assert ((flow(problem.start) - exact[-1]).abs() <= bound[-1]).all()
     back = flow.trajectory(exact[-1], TIMES[::-1]).flip(0)
-    assert ((back - exact).abs() <= bound).all()
+    assert ((back - exact).abs() <= 2 * bound).all()
 
 
 def test_fehlberg2_runs():
-    """Its error estimate promises too much, so no tolerance is held; it converges all the same."""
+    """Its error estimate promises too much, so that no tolerance is held; it converges all the same."""
     errors = []
-    for tolerance in (1e-3, 1e-5):
+    for tolerance in (1e-3, 1e-5, 1e-7):
         with torch.no_grad():
             end = Flow(LOGISTIC.field, tight("fehlberg2", tolerance), depth=2)(LOGISTIC.start)
         errors.append(float((end - LOGISTIC.exact(2.0, 1.0)).abs().max()))
-    assert errors[1] < errors[0] < 0.1
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-3
 
 
 def test_methods_are_those_of_the_installed_torchdiffeq():
@@ -264,7 +266,29 @@ def test_rejected_steps_are_counted(method):
     assert flow.cost.rejected >= 1
     stages = len(SOLVERS[method].tableau.beta)
     assert flow.cost.evaluations == len(field.depths) == 1 + stages * (flow.cost.accepted + flow.cost.rejected)
-    assert abs(float(y) - float(torch.tensor(1.0).cos())) < 0.02
+    assert abs(float(y) - float(torch.tensor(1.0).cos())) < (0.1 if method == "fehlberg2" else 0.02)
+
+
+@pytest.mark.parametrize("method", PAIRS)
+@torch.no_grad()
+def test_choosing_the_first_step_costs_one_evaluation_more(method):
+    """The slope at the start is used again by the first step, and every step's last slope by the next one."""
+    flow = Flow(LINEAR.field, Adaptive(method, rtol=1e-4, atol=1e-4), depth=2)
+    flow(LINEAR.start)
+    attempts = flow.cost.accepted + flow.cost.rejected
+    assert flow.cost.evaluations == 2 + len(SOLVERS[method].tableau.beta) * attempts
+
+
+@torch.no_grad()
+def test_the_grid_ends_exactly_on_knots_and_depth():
+    """However the last step is rounded: a frozen flow needs its grid to hold them."""
+    field, x = PiecewiseConstant(Function(lambda t, x: torch.ones_like(x)) for _ in range(3)), torch.zeros(1, 1)
+    for k in range(1, 100):
+        flow = Flow(field, Adaptive("bosh3", first_step=k / 201), depth=3)
+        flow(x)
+        assert {0.0, 1.0, 2.0, 3.0} <= set(flow.cost.grid)
+        flow.trajectory(x, [3, 0])
+        assert {0.0, 1.0, 2.0, 3.0} <= set(flow.cost.grid)
 
 
 @torch.no_grad()
@@ -371,7 +395,7 @@ def test_a_blow_up_on_the_way_names_depth_and_row(method):
     x = torch.tensor([[-1.0], [1.0], [-0.5]], dtype=FLOAT64)
     with pytest.raises(SolveError) as caught:
         Flow(Function(lambda t, x: x**2), Adaptive(method, rtol=1e-3, atol=1e-3), depth=2)(x)
-    assert caught.value.depth == pytest.approx(1, abs=0.05)
+    assert caught.value.depth == pytest.approx(1, abs=0.2 if method == "fehlberg2" else 0.01)
     assert caught.value.evaluations > 10
     assert set(caught.value.rows) <= {1}
 
@@ -394,15 +418,15 @@ def test_budget(method, budget):
         Flow(field, Adaptive(method, rtol=1e-9, atol=1e-9, max_evaluations=budget), depth=20)(LINEAR.start)
     assert len(field.depths) == caught.value.evaluations == budget
     assert caught.value.rows == ()
+    assert caught.value.step > 0 or budget < 3, "once steps are taken, the error names their size"
     assert "looser tolerance" in str(caught.value)
 
 
 def test_steps_below_the_smallest_allowed():
-    with pytest.raises(SolveError, match="step size underflows"):
-        Flow(LINEAR.field, Adaptive("dopri5", rtol=1e-9, atol=1e-9, min_step=0.5), depth=2)(LINEAR.start)
     with pytest.raises(SolveError, match="step size underflows") as caught:
-        Flow(Function(lambda t, x: (x < 0.5) * 1e30 - 5e29), Adaptive("dopri5", atol=1e-9), depth=1)(LOGISTIC.start)
-    assert caught.value.evaluations < 10_000
+        Flow(LINEAR.field, Adaptive("dopri5", rtol=1e-9, atol=1e-9, min_step=0.5), depth=2)(LINEAR.start)
+
+    assert 0 < caught.value.step <= 0.5
 
 
 def test_max_step_is_held():
@@ -479,7 +503,7 @@ def test_a_fixed_grid_method_points_to_fixed_steps(method):
     ],
 )
 def test_wrong_text_is_answered_with_what_is_valid(text, listed):
-    with pytest.raises(ValueError, match=".") as caught:
+    with pytest.raises(ValueError, match=r"\w") as caught:
         parse(text)
     for word in listed:
         assert word in str(caught.value)
@@ -596,10 +620,14 @@ def test_a_scheme_from_outside_has_no_text():
         pass
 
     solver = FixedStep(Mine())
-    assert "Mine" in repr(solver)
     with pytest.raises(TypeError, match="no textual form"):
-        str(solver)
-    assert "Mine" in repr(Flow(small_mlp(), solver, depth=1))
+        describe(solver)
+    flow = Flow(small_mlp(), solver, depth=1)
+    assert "Mine" in repr(solver)
+    assert "Mine" in str(solver), "printing never fails"
+    assert "Mine" in repr(flow)
+    with pytest.raises(TypeError, match="only an adaptive flow"):
+        flow.frozen(states())
 
 
 # Trajectories
@@ -647,11 +675,39 @@ def test_times_are_strictly_monotone(solver, times):
 def test_times_off_the_fixed_grid():
     with pytest.raises(ValueError, match="does not divide"):
         Flow(small_mlp(), "euler:h=0.5", depth=1).trajectory(states(), [0, 0.3])
-    with pytest.raises(ValueError, match="no point at depth 0.5"):
+    with pytest.raises(ValueError, match=r"no point at depth 0\.5"):
         Flow(small_mlp(), "euler:grid=0/0.3/1", depth=1).trajectory(states(), [0, 0.5, 1])
 
 
 # Sharing weights
+
+
+def partly_in_training():
+    """A flow in training mode whose normalisation keeps its statistics, as for fine-tuning."""
+    torch.manual_seed(0)
+    flow = Flow(Normed().double(), "dopri5", depth=1).train()
+    flow.field.norm.eval()
+    return flow
+
+
+def test_with_solver_leaves_the_modes_of_the_shared_field():
+    flow = partly_in_training()
+    other = flow.with_solver("euler")
+    assert other.training
+    assert not flow.field.norm.training
+
+
+@pytest.mark.parametrize("rows", [(), (1,)], ids=["solved", "failed"])
+def test_freezing_leaves_the_modes_even_if_it_fails(rows):
+    flow = partly_in_training()
+    if rows:
+        with pytest.raises(SolveError):
+            flow.frozen(poisoned(rows))
+    else:
+        flow.frozen(states())
+    assert flow.training
+    assert flow.field.training
+    assert not flow.field.norm.training
 
 
 def test_with_solver_shares_weights_and_mode():

@@ -13,11 +13,13 @@ from continuum.files import whole_file
 from continuum.flow import Flow
 from continuum.models import zoo
 from continuum.models.network import Network
-from continuum.solvers import Solver, parse
+from continuum.solvers import Solver
 from continuum.solvers.text import describe
 
 KEY = "continuum"
 """Where the description stands in a file; a training checkpoint carries it under the same key."""
+
+FORMAT = 1
 
 BUILDERS: dict[str, Callable[..., Network]] = {
     "preresnet": zoo.preresnet,
@@ -45,7 +47,7 @@ def description(network: Network) -> dict[str, Any]:
         )
     arguments = {name: _plain(name, value) for name, value in network.blueprint.arguments.items()}
     solvers = [describe(flow.solver) for flow in network.flows]
-    return {"format": 1, "builder": network.blueprint.builder, "arguments": arguments, "solvers": solvers}
+    return {"format": FORMAT, "builder": network.blueprint.builder, "arguments": arguments, "solvers": solvers}
 
 
 def _plain(name: str, value: object) -> object:
@@ -106,7 +108,9 @@ def restore(content: dict[str, Any], path: str | os.PathLike[str], builder: Call
     """The network described by the `content` that `read` returned for `path`."""
     stated = content[KEY]
     name, build = stated.get("builder"), builder
-    if build is None:
+    if stated.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is written in format {stated.get('format')}; this version reads {FORMAT}")
+    if build is None and isinstance(name, str):
         build = BUILDERS.get(name)
     if build is None:
         raise CheckpointError(
@@ -114,15 +118,17 @@ def restore(content: dict[str, Any], path: str | os.PathLike[str], builder: Call
         )
     try:
         network = build(**stated["arguments"])
-        solvers = [parse(solver) for solver in stated["solvers"]]
-    except (KeyError, TypeError, ValueError) as error:
+        solvers = list(stated["solvers"])
+        if len(solvers) != len(network.flows):
+            raise ValueError(f"it lists {len(solvers)} solvers for {len(network.flows)} flows")
+        for index, stage in enumerate(network.stages):
+            if isinstance(stage, Flow):
+                network.stages[index] = stage.with_solver(solvers.pop(0))
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # whatever odd arguments lead to
         raise CheckpointError(f"{path} does not describe a {name} network of this version: {error}") from None
-    if len(solvers) != len(network.flows):
-        raise CheckpointError(f"{path} lists {len(solvers)} solvers for a network of {len(network.flows)} flows")
-    for index, stage in enumerate(network.stages):
-        if isinstance(stage, Flow):
-            network.stages[index] = stage.with_solver(solvers.pop(0))
-    weights = content.get("state_dict", {})
+    weights = content.get("state_dict")
+    if not isinstance(weights, Mapping):
+        raise CheckpointError(f"{path} holds no weights: its entry 'state_dict' is a {type(weights).__name__}")
     # In a training checkpoint the network is one part of the trained module.
     part = {key.removeprefix("network."): value for key, value in weights.items() if key.startswith("network.")}
     try:

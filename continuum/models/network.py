@@ -66,7 +66,7 @@ class Network(nn.Module):
         stages = [stage.with_solver(solver) if isinstance(stage, Flow) else stage for stage in self.stages]
         network = Network(self.stem, stages, self.head)
         network.blueprint = self.blueprint
-        network.training = self.training
+        network.training = network.stages.training = self.training
         return network
 
     def forward(self, images: Images) -> Logits:

@@ -75,7 +75,7 @@ class Adaptive(Solver):
             raise ValueError(f"unknown adaptive method {self.method!r}; torchdiffeq has {', '.join(METHODS)}")
         if self.gradient not in get_args(Gradient):
             raise ValueError(f"gradient is one of {', '.join(get_args(Gradient))}, not {self.gradient!r}")
-        if self.rtol < 0 or self.atol < 0 or self.rtol + self.atol <= 0:
+        if not (self.rtol >= 0 and self.atol >= 0 and self.rtol + self.atol > 0):
             raise ValueError(f"rtol and atol are not negative and not both zero; got {self.rtol} and {self.atol}")
         if not 0 <= self.min_step <= self.max_step or self.max_step == 0:
             raise ValueError(f"0 <= min_step <= max_step is needed; got {self.min_step} and {self.max_step}")
@@ -87,9 +87,9 @@ class Adaptive(Solver):
             raise ValueError(f"{self.method} goes forward only, through SciPy: it has no first_step and no adjoint")
 
     def __str__(self) -> str:
-        from continuum.solvers.text import describe
+        from continuum.solvers.text import shown
 
-        return describe(self)
+        return shown(self)
 
     def __call__(self, field: Field, x: State, times: Sequence[float], previous: State | None = None) -> Solution:
         if self.method not in PAIRS and torch.is_grad_enabled() and _needs_grad(field, x):
@@ -237,7 +237,7 @@ class _Equation:
 
     def callback_step(self, t: Tensor, x: State, h: Tensor) -> None:
         solve, step = self.solve, float(h)
-        if not step > solve.solver.min_step or float(t) + step == float(t):
+        if not step >= solve.solver.min_step or float(t) + step == float(t):
             broken = rows_not_finite(x, *self.recent)
             reason = "the state or its field is not finite" if broken else "the step size underflows"
             raise self.error(reason, t, step, x)
@@ -254,7 +254,7 @@ class _Equation:
         return SolveError(
             f"{reason} ({self.solve.solver})",
             depth=float(t),
-            step=step,
+            step=step or self.solve.step or 0.0,
             evaluations=self.solve.evaluations,
             rows=rows,
             advice="Check these inputs and the weights, or lower the learning rate" if rows else LOOSER,

@@ -39,7 +39,7 @@ class FixedStep(Solver):
             raise TypeError(f"FixedStep needs a Scheme such as Euler(), not {self.scheme!r}")
         if self.grid is not None:
             self._check_grid(self.grid)
-        elif not (self.h > 0 and _whole(self.h if self.h >= 1 else 1 / self.h)):
+        elif not (0 < self.h < float("inf") and _whole(self.h if self.h >= 1 else 1 / self.h)):
             raise ValueError(f"h counts layers: it is 1/m or an integer, not {self.h}")
 
     def _check_grid(self, grid: tuple[float, ...]) -> None:
@@ -52,9 +52,9 @@ class FixedStep(Solver):
             raise ValueError(f"{type(self.scheme).__name__} needs equal steps; the grid has {min(steps)} to {max(steps)}")
 
     def __str__(self) -> str:
-        from continuum.solvers.text import describe
+        from continuum.solvers.text import shown
 
-        return describe(self)
+        return shown(self)
 
     def check(self, field: Field) -> None:
         self.scheme.check(field)

@@ -44,7 +44,8 @@ def parse(text: str) -> Solver:
     Raises:
         ValueError: an unknown name, option or value; the message lists what is valid.
     """
-    name, _, rest = text.strip().partition(":")
+    name, _, rest = text.partition(":")
+    name = name.strip()
     options = dict(_option(text, part) for part in rest.split(",") if part.strip())
     if name in PAIRS and options.keys() & FIXED_OPTIONS.keys():
         return FixedStep(Embedded(name), **_values(text, options, FIXED_OPTIONS))  # pyright: ignore[reportArgumentType]
@@ -93,6 +94,14 @@ def describe(solver: Solver) -> str:
     else:
         raise TypeError(f"{solver!r} has no textual form")
     return f"{name}:{','.join(options)}"
+
+
+def shown(solver: Solver) -> str:
+    """The text of `solver`, or its repr where it has none."""
+    try:
+        return describe(solver)
+    except TypeError:
+        return repr(solver)
 
 
 def _scheme_name(scheme: Scheme) -> str:
