@@ -125,7 +125,8 @@ def restore(content: dict[str, Any], path: str | os.PathLike[str], builder: Call
             if isinstance(stage, Flow):
                 network.stages[index] = stage.with_solver(solvers.pop(0))
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # whatever odd arguments lead to
-        raise CheckpointError(f"{path} does not describe a {name} network of this version: {error}") from None
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path} does not describe a {name} network of this version: {reason}") from None
     weights = content.get("state_dict")
     if not isinstance(weights, Mapping):
         raise CheckpointError(f"{path} holds no weights: its entry 'state_dict' is a {type(weights).__name__}")
