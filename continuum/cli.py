@@ -68,6 +68,13 @@ class SaveConfig(SaveConfigCallback):
 class CommandLine(LightningCLI):
     """Lightning's command line over `Classifier` and the data modules; one seed for weights, batches and augmentation."""
 
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        # Listed here for --help; `main` runs it without Lightning.
+        listed, action = compare_parser(), parser._subcommands_action
+        assert action is not None
+        action.add_subcommand("compare", listed, help=listed.description)
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         # Safe as a default although jsonargparse carries arguments over to another class: all data modules share them.
         parser.set_defaults({"data": lazy_instance(Digits)})
@@ -134,8 +141,7 @@ def lightning(arguments: list[str]) -> None:
 
 DESCRIPTION = f"""Train networks of continuous depth and run their weights under any solver.
 Networks are built by {", ".join(f"continuum.{name}" for name in BUILDERS)}, or a function of your own decorated with
-continuum.models.builder. A further command, `continuum compare CHECKPOINT`, tables one set of weights under many solvers
-(`continuum compare --help`)."""
+continuum.models.builder."""
 
 
 def _with_network(arguments: list[str]) -> list[str]:

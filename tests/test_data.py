@@ -14,7 +14,7 @@ from torchvision import datasets
 
 from continuum.training import CIFAR10, MNIST, Digits, ImageData, ImageFolder
 from continuum.training.data import KeyedBatches
-from continuum.training.images import augmented, keyed_generator
+from continuum.training.images import DataError, augmented, keyed_generator
 
 
 def ready(data: ImageData) -> Any:
@@ -289,6 +289,13 @@ def test_images_of_several_sizes_need_a_size(folder: str) -> None:
     Image.new("RGB", (10, 9)).save(f"{folder}/train/dog/odd.png")
     with pytest.raises(ValueError, match=r"dog/odd\.png is 10 x 9 .* need the argument size"):
         ready(ImageFolder(folder))
+
+
+def test_test_images_have_the_size_of_training_images(tmp_path: Path) -> None:
+    write_images(tmp_path, {"train/cat": 2, "train/dog": 2})
+    write_images(tmp_path, {"test/cat": 2, "test/dog": 2}, height=9)
+    with pytest.raises(DataError, match=r"\(3, 8, 8\), test images \(3, 9, 8\)"):
+        ready(ImageFolder(str(tmp_path)))
 
 
 def test_classes_must_agree(folder: str) -> None:

@@ -166,7 +166,10 @@ class ImageData(pl.LightningDataModule, ABC):
             self.mean, self.std = train.statistics()
         else:
             self.mean, self.std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
-        self.shape = tuple(train.images(torch.tensor([0])).shape[1:])
+        first = torch.tensor([0])
+        self.shape = tuple(train.images(first).shape[1:])
+        if (shape := tuple(self.test_images.images(first).shape[1:])) != self.shape:
+            raise DataError(f"training images are {self.shape}, test images {shape} (channels, height, width): give size")
         order = torch.randperm(len(train), generator=keyed_generator(self.seed, "split"))
         held_out = round(self.validation * len(train))
         if held_out == len(train):
