@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 import yaml
-from jsonargparse.typing import lazy_instance
+from jsonargparse.typing import PositiveInt, lazy_instance
 from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from rich.console import Console
@@ -32,6 +32,8 @@ class Parser(LightningArgumentParser):
     """A parser whose errors are the message alone, with the line of an unknown key in a config file."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:  # jsonargparse is trying out the types of a union
+            super().error(message, ex)
         text = " ".join(str(message).split())
         unknown = re.findall(r"(?<!Parser )(?:key|option) ['\"]([\w.]+)['\"]", text, re.IGNORECASE)
         for key in unknown if re.search("accept|expected", text) else ():
@@ -216,9 +218,9 @@ def compare_parser() -> Parser:
     parser.add_subclass_arguments(
         ImageData, "data", required=False, help="the images to compare on (default: the test set of the training's data)"
     )
-    parser.add_argument("--images", type=int, help="use so many test images, chosen by the data's seed (default: all)")
-    parser.add_argument("--batch_size", type=int, help="images a batch; an adaptive solver shares its steps within one")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--images", type=PositiveInt, help="use so many test images, chosen by the data's seed (default: all)")
+    parser.add_argument("--batch_size", type=PositiveInt, help="images a batch; an adaptive solver shares its steps within one")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--out", help="folder for the table and pictures (default: compare/ beside the checkpoint)")
     return parser
 
@@ -233,12 +235,19 @@ def compare_command(arguments: list[str]) -> None:
         parser.error(str(error))
     content = read(options.checkpoint)
     network = restore(content, options.checkpoint)
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no CUDA device here: leave --device out, or give cpu")
+    for solver in solvers:
+        try:
+            network.with_solver(solver)
+        except (TypeError, ValueError) as error:
+            parser.error(f"--solver {solver} does not fit this network: {error}")
     data = parser.instantiate_classes(options)["data"] or _described_data(content, options.checkpoint)
     if options.batch_size:
         data.batch_size = options.batch_size
     data.prepare_data()
     data.setup("test")
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     batches = list(data.test_batches(options.images))
     rows = []
     with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), transient=True) as progress:

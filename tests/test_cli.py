@@ -133,6 +133,11 @@ def test_two_runs_are_equal_and_a_killed_one_resumes() -> None:
 def test_a_saved_network_is_compared_on_named_data(capsys: pytest.CaptureFixture[str]) -> None:
     continuum.save(continuum.preresnet(14, width=4, in_channels=1), "network.pt")
     assert "--data" in refused(capsys, "compare", "network.pt")
+    data = ("--data", "Digits")
+    assert "Momentum" in refused(capsys, "compare", "network.pt", *data, "--solver", "linear_two_step")
+    assert "h=2" in refused(capsys, "compare", "network.pt", *data, "--solver", "euler:h=2", "--solver", "rk4")
+    assert "images" in refused(capsys, "compare", "network.pt", *data, "--images", "0")
+    assert "device" in refused(capsys, "compare", "network.pt", *data, "--device", "tpu")
     run("compare", "network.pt", "--data", "Digits", "--images", "20", "--solver", "rk4:h=1", "--out", "out", "--device", "cpu")
     assert "pictures: out/compare.png\n" in capsys.readouterr().out
     assert not Path("out/steps.png").exists()
