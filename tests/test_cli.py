@@ -21,6 +21,8 @@ def command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+
 NETWORK = """
 model:
   network:
@@ -179,6 +181,14 @@ def test_missing_files_and_data(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     message = refused(capsys, "fit", "--config", "config.yaml")
     assert str(tmp_path / "nowhere" / "train") in message
     assert "<class>" in message
+
+
+@pytest.mark.parametrize("config", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_configs_of_the_experiments_parse(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run("fit", "--config", str(config), "--print_config")
+    assert stop.value.code in (None, 0)
+    assert "class_path: continuum" in capsys.readouterr().out
 
 
 def test_every_option_is_documented(capsys: pytest.CaptureFixture[str]) -> None:
