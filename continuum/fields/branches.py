@@ -34,9 +34,12 @@ class PreActivation(nn.Module):
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with at most 32 groups (the largest power of two that divides the channels): no batch statistics."""
+    """GroupNorm with 32 groups, as published for 64 channels, or fewer so that each has two channels or more.
+
+    A group of a single channel would be instance normalisation, after which a pooled channel says nothing about its image.
+    """
     groups = 32
-    while channels % groups:
+    while channels % (2 * groups) and groups > 1:
         groups //= 2
     return nn.GroupNorm(groups, channels)
 
