@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from itertools import pairwise
 
-from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
 from continuum.analysis.compare import Row
@@ -27,12 +27,13 @@ def draw_comparison(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
             right.plot(row.evaluations, row.logit_difference, **style)
     left.set_ylabel("accuracy (%)")
     right.set_ylabel("largest logit difference\nfrom the training solver")
-    if any(row.logit_difference > 0 for row in solved):
+    if differences := [row.logit_difference for row in solved if row.logit_difference > 0]:
         right.set_yscale("log")
+        _plain_ticks(right.yaxis, differences)
     for axes in (left, right):
         axes.set_xlabel("field evaluations per sample")
         axes.set_xscale("log")
-        _plain_ticks(axes, [row.evaluations for row in solved])
+        _plain_ticks(axes.xaxis, [row.evaluations for row in solved])
         axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize="small", title="solver")
     _save(figure, path)
@@ -68,14 +69,14 @@ def _uneven(row: Row) -> bool:
     )
 
 
-def _plain_ticks(axes: Axes, values: Sequence[float]) -> None:
-    """Label a logarithmic axis at round numbers across the data, as plain numbers."""
-    candidates = [m * 10**e for e in range(7) for m in (1, 2, 5)]
-    low, high = min(values) / 1.2, max(values) * 1.2
-    ticks = [tick for tick in candidates if low <= tick <= high]
-    axes.set_xlim(low, high)
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.minorticks_off()
+def _plain_ticks(axis: Axis, values: Sequence[float]) -> None:
+    """Label a logarithmic axis at 1, 2 and 5 across the data (only at powers of ten where they span many decades)."""
+    low, high = min(values) / 1.25, max(values) * 1.25
+    digits = (1, 2, 5) if high < 2000 * low else (1,)
+    ticks = [digit * 10.0**power for power in range(-16, 16) for digit in digits if low <= digit * 10.0**power <= high]
+    axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.set_ticks([], minor=True)
+    axis.set_view_interval(low, high, ignore=True)
 
 
 def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
