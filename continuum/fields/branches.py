@@ -34,10 +34,7 @@ class PreActivation(nn.Module):
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with 32 groups, as published for 64 channels, or fewer so that each has two channels or more.
-
-    A group of a single channel would be instance normalisation, after which a pooled channel says nothing about its image.
-    """
+    """GroupNorm in groups of two channels, as published for 64, up to 32 groups; larger groups for odd channel numbers."""
     groups = 32
     while channels % (2 * groups) and groups > 1:
         groups //= 2
