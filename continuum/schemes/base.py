@@ -1,8 +1,10 @@
 """One step: a scheme moves the state from depth t to t + h, (x, memory) -> (x, memory)."""
 
+import re
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
 from typing import TypeAlias
 
 import torch
@@ -24,6 +26,12 @@ class Scheme(ABC):
     order: int
     stages: int
     variable_steps: bool = True
+
+    def __str__(self) -> str:
+        """The scheme in the grammar of `solvers.parse`: its name in snake case, and its fields (adams_bashforth:order=2)."""
+        name = re.sub("(?<=[a-z])(?=[A-Z])", "_", type(self).__name__).lower()
+        options = [f"{f.name}={getattr(self, f.name)}" for f in fields(self)] if is_dataclass(self) else []
+        return f"{name}:{','.join(options)}" if options else name
 
     def check(self, field: Field) -> None:
         """Raise TypeError if this scheme cannot step `field`, with what it needs."""

@@ -6,7 +6,7 @@ its far side. The step size is carried from piece to piece.
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import ClassVar, Literal, cast, get_args
 
@@ -25,6 +25,7 @@ from continuum.solvers.base import (
     Solution,
     SolveError,
     Solver,
+    option_text,
     restored_on_error,
     rows_not_finite,
     statistics_untouched,
@@ -87,9 +88,9 @@ class Adaptive(Solver):
             raise ValueError(f"{self.method} goes forward only, through SciPy: it has no first_step and no adjoint")
 
     def __str__(self) -> str:
-        from continuum.solvers.text import shown
-
-        return shown(self)
+        others = [f for f in fields(self) if f.name not in ("method", "rtol", "atol") and getattr(self, f.name) != f.default]
+        options = [f"{name}={option_text(getattr(self, name))}" for name in ("rtol", "atol", *(f.name for f in others))]
+        return f"{self.method}:{','.join(options)}"
 
     def __call__(self, field: Field, x: State, times: Sequence[float], previous: State | None = None) -> Solution:
         if self.method not in PAIRS and torch.is_grad_enabled() and _needs_grad(field, x):
@@ -289,6 +290,9 @@ class Embedded(RungeKutta):
     def __post_init__(self) -> None:
         if self.method not in PAIRS:
             raise ValueError(f"no embedded pair {self.method!r}; torchdiffeq has {', '.join(PAIRS)}")
+
+    def __str__(self) -> str:
+        return self.method
 
     @property
     def tableau(self) -> Tableau:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -44,6 +44,13 @@ class Solver(ABC):
         """Raise TypeError if this solver cannot solve `field`."""
 
 
+def option_text(value: object) -> str:
+    """A value in the grammar of `parse`: numbers as short as they are exact, a grid with slashes between its depths."""
+    if isinstance(value, tuple):
+        return "/".join(repr(depth) for depth in value)
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+
+
 class SolveError(RuntimeError):
     """A solve that cannot go on: a state that is not finite, a step that underflows, a spent budget.
 

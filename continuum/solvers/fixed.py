@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from continuum.fields import Field
 from continuum.schemes import Scheme
-from continuum.solvers.base import Cost, Solution, Solver
+from continuum.solvers.base import Cost, Solution, Solver, option_text
 from continuum.types import State
 
 Step = tuple[float, float]
@@ -52,9 +52,9 @@ class FixedStep(Solver):
             raise ValueError(f"{type(self.scheme).__name__} needs equal steps; the grid has {min(steps)} to {max(steps)}")
 
     def __str__(self) -> str:
-        from continuum.solvers.text import shown
-
-        return shown(self)
+        name = str(self.scheme)
+        option = f"h={option_text(self.h)}" if self.grid is None else f"grid={option_text(self.grid)}"
+        return f"{name}{',' if ':' in name else ':'}{option}"
 
     def check(self, field: Field) -> None:
         self.scheme.check(field)

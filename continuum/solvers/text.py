@@ -1,6 +1,5 @@
 """Solvers as text, name:key=value,... - one grammar for the command line, configs and saved files."""
 
-import dataclasses
 from collections.abc import Callable
 
 from continuum.schemes import RK4, AdamsBashforth, Euler, Heun, Kutta3, LinearTwoStep, Midpoint, Scheme
@@ -8,15 +7,8 @@ from continuum.solvers.adaptive import METHODS, PAIRS, Adaptive, Embedded
 from continuum.solvers.base import Solver
 from continuum.solvers.fixed import FixedStep
 
-SCHEMES: dict[str, type[Scheme]] = {
-    "euler": Euler,
-    "midpoint": Midpoint,
-    "heun": Heun,
-    "kutta3": Kutta3,
-    "rk4": RK4,
-    "adams_bashforth": AdamsBashforth,
-    "linear_two_step": LinearTwoStep,
-}
+KNOWN = (Euler(), Midpoint(), Heun(), Kutta3(), RK4(), AdamsBashforth(), LinearTwoStep())
+SCHEMES: dict[str, type[Scheme]] = {str(scheme).partition(":")[0]: type(scheme) for scheme in KNOWN}
 
 FIXED_OPTIONS: dict[str, Callable[[str], object]] = {
     "h": float,
@@ -79,48 +71,15 @@ def _values(text: str, options: dict[str, str], valid: dict[str, Callable[[str],
 
 
 def describe(solver: Solver) -> str:
-    """The text that `parse` turns back into an equal solver.
+    """str(solver), if `parse` turns it back into an equal solver.
 
     Raises:
         TypeError: a solver or scheme from outside the library, which text cannot name.
     """
-    if isinstance(solver, Adaptive):
-        name, options = solver.method, _changed(solver, ADAPTIVE_OPTIONS, always=("rtol", "atol"))
-    elif isinstance(solver, FixedStep):
-        shown = ("h",) if solver.grid is None else ()
-        name, options = _scheme_name(solver.scheme), _changed(solver, FIXED_OPTIONS, always=shown)
-        if isinstance(solver.scheme, AdamsBashforth):
-            options = [f"order={solver.scheme.order}", *options]
-    else:
-        raise TypeError(f"{solver!r} has no textual form")
-    return f"{name}:{','.join(options)}"
-
-
-def shown(solver: Solver) -> str:
-    """The text of `solver`, or its repr where it has none."""
+    text = str(solver)
     try:
-        return describe(solver)
-    except TypeError:
-        return repr(solver)
-
-
-def _scheme_name(scheme: Scheme) -> str:
-    if isinstance(scheme, Embedded):
-        return scheme.method
-    for name, known in SCHEMES.items():
-        if type(scheme) is known:
-            return name
-    raise TypeError(f"the scheme {scheme!r} is not one of the library's and has no textual form")
-
-
-def _changed(solver: FixedStep | Adaptive, keys: dict[str, Callable[[str], object]], always: tuple[str, ...] = ()) -> list[str]:
-    """key=value for the options that differ from their defaults."""
-    defaults = {option.name: option.default for option in dataclasses.fields(solver)}
-    values = {key: getattr(solver, key) for key in keys}
-    return [f"{key}={_text(value)}" for key, value in values.items() if key in always or value != defaults[key]]
-
-
-def _text(value: object) -> str:
-    if isinstance(value, tuple):
-        return "/".join(repr(depth) for depth in value)
-    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+        if parse(text) == solver:
+            return text
+    except ValueError:
+        pass
+    raise TypeError(f"{solver!r} is not one of the library's solvers and schemes: it has no textual form")
