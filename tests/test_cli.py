@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 import time
@@ -119,7 +120,10 @@ def test_two_runs_are_equal_and_a_killed_one_resumes() -> None:
 
     run(*arguments("a"))
     run(*arguments("b"))
-    process = subprocess.Popen([sys.executable, "-m", "continuum.cli", *arguments("c")], stdout=subprocess.DEVNULL)
+    # As many threads as here, for sums in another order would differ in the last bit.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "-m", "continuum.cli", *arguments("c")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
     checkpoint = Path("runs/c/checkpoints/last.ckpt")
     while not checkpoint.is_file() and process.poll() is None:
         time.sleep(0.02)
