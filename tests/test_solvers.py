@@ -723,3 +723,21 @@ def test_a_fixed_step_flow_compiles_to_one_graph():
     flow = Flow(small_mlp(), "rk4:h=0.5", depth=2)
     compiled = torch.compile(flow.forward, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(states()), flow(states()))
+
+
+@pytest.mark.parametrize("solver", ["euler", "rk4:h=0.5", "adams_bashforth:h=0.5", "dopri5", "dopri5:gradient=adjoint"])
+def test_a_field_of_another_shape_is_refused(solver):
+    """(4, 1) would broadcast against (4, 3) without a word."""
+    with pytest.raises(ValueError, match=r"returned shape \(4, 1\) for a state of shape \(4, 3\)"):
+        Flow(Autonomous(nn.Linear(3, 1)), solver, depth=1)(torch.zeros(4, 3))
+
+
+@pytest.mark.parametrize("solver", ["rk4:h=0.5", "dopri5", "dopri5:gradient=adjoint"])
+def test_an_empty_batch(solver):
+    flow = Flow(small_mlp(), solver, depth=2)
+    x = states()[:0].requires_grad_()
+    y = flow(x)
+    assert y.shape == x.shape
+    y.sum().backward()
+    assert x.grad is not None
+    assert (flow.cost.grid[0], flow.cost.grid[-1]) == (0, 2)

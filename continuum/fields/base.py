@@ -99,6 +99,19 @@ class SecondOrder(Field):
         return torch.cat([velocity, self.acceleration(t, position)], dim=1)
 
 
+def checked(slope: State, x: State) -> State:
+    """`slope`, if it has the shape of the state; otherwise adding it would broadcast silently.
+
+    Raises:
+        ValueError: another shape.
+    """
+    if slope.shape != x.shape:
+        raise ValueError(
+            f"the field returned shape {tuple(slope.shape)} for a state of shape {tuple(x.shape)}: dx/dt has the shape of x"
+        )
+    return slope
+
+
 def depth_channel(t: Time, x: Tensor) -> Tensor:
     """The depth as one more channel: a tensor of shape (batch, 1, ...) filled with t, like x elsewhere."""
     return torch.ones_like(x[:, :1]) * t

@@ -10,6 +10,7 @@ from typing import TypeAlias
 import torch
 
 from continuum.fields import Field
+from continuum.fields.base import checked
 from continuum.types import State
 
 Memory: TypeAlias = tuple[State, ...]
@@ -53,7 +54,7 @@ def combine(x: State, h: float, weights: Sequence[float], slopes: Sequence[State
     """x + h sum_i w_i k_i, summed from left to right; zero weights cost nothing."""
     for weight, slope in zip(weights, slopes, strict=False):
         if weight:
-            x = torch.add(x, slope, alpha=h * weight)
+            x = torch.add(x, checked(slope, x), alpha=h * weight)
     return x
 
 

@@ -86,6 +86,6 @@ class LinearTwoStep(Scheme):
         t = inside(field.knots, t, h, 0, x.dtype)
         layer = field.layer(t) if isinstance(field, PiecewiseConstant) else field
         if not isinstance(layer, Momentum) or not memory:
-            return torch.add(x, layer(t, x), alpha=h), (x,)
+            return combine(x, h, (1,), (layer(t, x),)), (x,)
         k = layer.k
-        return torch.add((1 - k) * x + k * memory[0], layer.field(t, x), alpha=h), (x,)
+        return combine((1 - k) * x + k * memory[0], h, (1,), (layer.field(t, x),)), (x,)

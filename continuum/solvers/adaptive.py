@@ -18,6 +18,7 @@ from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver
 from torchdiffeq._impl.scipy_wrapper import ScipyWrapperODESolver
 
 from continuum.fields import Field
+from continuum.fields.base import checked
 from continuum.schemes import RungeKutta, Tableau
 from continuum.schemes.base import inside
 from continuum.solvers.base import (
@@ -95,6 +96,8 @@ class Adaptive(Solver):
     def __call__(self, field: Field, x: State, times: Sequence[float], previous: State | None = None) -> Solution:
         if self.method not in PAIRS and torch.is_grad_enabled() and _needs_grad(field, x):
             raise RuntimeError(f"{self.method} goes forward only: solve under torch.no_grad(), or with another method")
+        if not x.numel():  # an empty batch has no error to control
+            return Solution([x] * len(times), Cost(0, 0, 0, tuple(times)))
         solve = _Solve(self, field, times[0])
         states = [x]
         with restored_on_error(field):
@@ -194,7 +197,7 @@ class _Equation:
         if solve.evaluations >= solve.solver.max_evaluations:
             raise self.error("the evaluation budget is spent", t, 0.0)
         solve.evaluations += 1
-        slope = solve.field(t, x).to(x.dtype)
+        slope = checked(solve.field(t, x), x).to(x.dtype)
         self.recent.append(slope.detach())
         return slope
 
