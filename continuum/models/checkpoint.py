@@ -3,7 +3,7 @@
 import os
 import pickle
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from continuum.files import whole_file
 from continuum.flow import Flow
 from continuum.models import zoo
 from continuum.models.network import Network
-from continuum.solvers import Solver
+from continuum.solvers import Adaptive, Solver
 from continuum.solvers.text import describe
 
 KEY = "continuum"
@@ -46,8 +46,13 @@ def description(network: Network) -> dict[str, Any]:
             "function decorated with @continuum.models.builder"
         )
     arguments = {name: _plain(name, value) for name, value in network.blueprint.arguments.items()}
-    solvers = [describe(flow.solver) for flow in network.flows]
-    return {"format": FORMAT, "builder": network.blueprint.builder, "arguments": arguments, "solvers": solvers}
+    return {
+        "format": FORMAT,
+        "builder": network.blueprint.builder,
+        "arguments": arguments,
+        "changes": [list(change) for change in network.blueprint.changes],
+        "solvers": [describe(flow.solver) for flow in network.flows],
+    }
 
 
 def _plain(name: str, value: object) -> object:
@@ -118,6 +123,9 @@ def restore(content: dict[str, Any], path: str | os.PathLike[str], builder: Call
         )
     try:
         network = build(**stated["arguments"])
+        if stated.get("changes"):
+            # Under a solver that any change leaves possible; those of the file come next.
+            network = replay(network.with_solver(Adaptive()), stated["changes"])
         solvers = list(stated["solvers"])
         if len(solvers) != len(network.flows):
             raise ValueError(f"it lists {len(solvers)} solvers for {len(network.flows)} flows")
@@ -138,3 +146,21 @@ def restore(content: dict[str, Any], path: str | os.PathLike[str], builder: Call
         first = " ".join(line.strip() for line in str(error).splitlines()[1:3])
         raise CheckpointError(f"the weights in {path} are not those of its {name}: {first}") from None
     return network.eval()
+
+
+def replay(network: Network, changes: Iterable[Sequence[object]]) -> Network:
+    """`network` after the refinements and projections that a file lists.
+
+    Raises:
+        ValueError: a change that this version does not know, or that the network refuses.
+        TypeError: a change that the network refuses.
+    """
+    for change in changes:
+        match change:
+            case ["refine", int(k)]:
+                network = network.refine(k)
+            case ["project", str(name), int(size)]:
+                network = network.project(name, size)
+            case _:
+                raise ValueError(f"{change!r} is no change of a network: there are [refine, k] and [project, basis, size]")
+    return network

@@ -1,10 +1,11 @@
 """A network: head(stages(stem(images))), where a stage is a flow or a transition between two of them."""
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ParamSpec
 
 import torch
@@ -14,17 +15,22 @@ from continuum.fields import PreActivation
 from continuum.flow import Flow
 from continuum.solvers import Adaptive, SolveError, Solver
 from continuum.solvers.base import restored_on_error
-from continuum.types import Images, Logits
+from continuum.types import Images, Logits, State
+from continuum.weights import Expansion, PiecewiseConstant, named_basis
 
 P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
 class Blueprint:
-    """What built a network: the builder's name and its arguments, enough to build it again."""
+    """What built a network: the builder's name and its arguments, enough to build it again.
+
+    `changes` are the refinements and projections since then, in order: ("refine", 2), ("project", "hat", 4).
+    """
 
     builder: str
     arguments: dict[str, object]
+    changes: tuple[tuple[object, ...], ...] = ()
 
 
 class Network(nn.Module):
@@ -62,12 +68,83 @@ class Network(nn.Module):
         return solvers.pop()
 
     def with_solver(self, solver: Solver | str) -> "Network":
-        """The network with the same modules, hence the same weights, and all its flows under `solver`."""
-        stages = [stage.with_solver(solver) if isinstance(stage, Flow) else stage for stage in self.stages]
-        network = Network(self.stem, stages, self.head)
+        """The network with the same modules, hence the same weights, and all its flows under `solver`.
+
+        Raises:
+            TypeError: there is no flow, or the solver cannot solve one.
+        """
+        if not self.flows:
+            raise TypeError("this network has no flow, so there is nothing to choose a solver for")
+        return self._with_flows(lambda flow: flow.with_solver(solver))
+
+    def _with_flows(self, other: Callable[[Flow], Flow]) -> "Network":
+        """The network with the same modules, but another flow in the place of each."""
+        network = Network(self.stem, [other(stage) if isinstance(stage, Flow) else stage for stage in self.stages], self.head)
         network.blueprint = self.blueprint
         network.training = network.stages.training = self.training
         return network
+
+    def refine(self, k: int) -> "Network":
+        """A deeper copy for multi-level training (arXiv 1710.10348): each flow with k steps in the place of one.
+
+        See `Flow.refine`. To the order of its scheme the refined network computes the same, and goes on learning with more
+        layers, or smaller steps. Nothing is shared: training one leaves the other alone.
+
+        Raises:
+            ValueError: k is no integer of at least 2, or a flow's steps cannot be refined.
+            TypeError: there is no flow.
+        """
+        return self._changed(lambda flow: flow.refine(k), ("refine", k))
+
+    def project(self, name: str, size: int) -> "Network":
+        """A copy whose weights are expanded on the basis `name` with `size` functions over the depth of each flow.
+
+        The nearest such weights, without data; see `PiecewiseConstant.project` and `Expansion.project`. Nothing is shared.
+
+        Raises:
+            TypeError: a field that is neither, or BatchNorm on a basis other than "hat".
+            ValueError: no such basis, or layers that one field cannot replace.
+        """
+        return self._changed(lambda flow: _projected(flow, name, size), ("project", name, size))
+
+    def _changed(self, other: Callable[[Flow], Flow], change: tuple[object, ...]) -> "Network":
+        """A deep copy with another flow in the place of each, whose blueprint records the change."""
+        if not self.flows:
+            raise TypeError(f"this network has no flow to {change[0]}")
+        network = copy.deepcopy(self)
+        for index, stage in enumerate(network.stages):
+            if isinstance(stage, Flow):
+                try:
+                    network.stages[index] = other(stage)
+                except (TypeError, ValueError) as error:
+                    raise type(error)(f"flow stages.{index}: {error}") from None
+        if self.blueprint is not None:
+            network.blueprint = replace(self.blueprint, changes=(*self.blueprint.changes, change))
+        return network
+
+    @torch.no_grad()
+    def frozen(self, images: Images) -> "Network":
+        """The network with the same weights, whose flows repeat the steps that their adaptive solvers accept on `images`.
+
+        See `Flow.frozen`. Flows with fixed steps stay as they are.
+
+        Raises:
+            TypeError: no flow has an adaptive solver, or one goes through SciPy.
+        """
+        adaptive = [flow for flow in self.flows if isinstance(flow.solver, Adaptive)]
+        if not adaptive:
+            raise TypeError("no flow of this network has an adaptive solver whose steps could be frozen")
+        states: dict[Flow, State] = {}
+        hooks = [flow.register_forward_pre_hook(lambda flow, inputs: states.update({flow: inputs[0]})) for flow in adaptive]
+        modes = [(module, module.training) for module in self.modules()]
+        try:
+            self.eval()(images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for module, training in modes:
+                module.training = training
+        return self._with_flows(lambda flow: flow.frozen(states[flow]) if flow in states else flow)
 
     def forward(self, images: Images) -> Logits:
         fallible = self.training and any(isinstance(flow.solver, Adaptive) for flow in self.flows)
@@ -90,6 +167,17 @@ def solve_named(flow: Flow, x: Tensor, index: int) -> Tensor:
     except SolveError as error:
         error.flow = f"stages.{index}"
         raise
+
+
+def _projected(flow: Flow, name: str, size: int) -> Flow:
+    if not isinstance(flow.field, Expansion | PiecewiseConstant):
+        raise TypeError(
+            f"the weights of a {type(flow.field).__name__} are not a function of depth: only the flows of an Expansion or of "
+            "PiecewiseConstant layers can be projected"
+        )
+    projected = Flow(flow.field.project(named_basis(name, size, flow.depth)), flow.solver, flow.depth)
+    projected.training = flow.training
+    return projected
 
 
 class Augment(nn.Module):

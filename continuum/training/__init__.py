@@ -1,6 +1,6 @@
 """Training on Lightning: the classifier, data modules and callbacks."""
 
-from continuum.training.callbacks import LogCost, WritePredictions
+from continuum.training.callbacks import LogCost, Refine, WritePredictions
 from continuum.training.classifier import Classifier, OneCycle, Schedule, Steps
 from continuum.training.data import CIFAR10, CIFAR100, MNIST, Digits, FashionMNIST, ImageData, ImageFolder
 
@@ -15,6 +15,7 @@ __all__ = [
     "ImageFolder",
     "LogCost",
     "OneCycle",
+    "Refine",
     "Schedule",
     "Steps",
     "WritePredictions",

@@ -14,7 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from continuum.fields import Momentum
 from continuum.models import Network
-from continuum.models.checkpoint import KEY, description
+from continuum.models.checkpoint import KEY, CheckpointError, description, replay
 from continuum.models.failure import find_failure
 from continuum.solvers import SolveError
 from continuum.training.data import ImageData
@@ -172,3 +172,20 @@ class Classifier(pl.LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, ImageData):
             checkpoint[KEY]["data"] = {"class": type(data).__name__, "arguments": data.arguments}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refine and project the network as the checkpoint's was, so that its weights fit.
+
+        Raises:
+            CheckpointError: this network was changed otherwise.
+        """
+        if self.network.blueprint is None or KEY not in checkpoint:
+            return
+        known = [list(change) for change in self.network.blueprint.changes]
+        changes = [list(change) for change in checkpoint[KEY].get("changes", [])]
+        if changes[: len(known)] != known:
+            raise CheckpointError(
+                f"the checkpoint's network went through the changes {changes}, this one through {known}: give the network as "
+                "it was built; what the checkpoint says is done to it"
+            )
+        self.network = replay(self.network, changes[len(known) :])
