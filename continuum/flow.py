@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from continuum.fields import Field, Scaled
+from continuum.fields import Field
 from continuum.solvers import Adaptive, Cost, Embedded, FixedStep, Solver, parse
 from continuum.types import State
 from continuum.weights import PiecewiseConstant
@@ -43,6 +43,7 @@ class Flow(nn.Module):
         self.field = field
         self.solver = parse(solver) if isinstance(solver, str) else solver
         self.depth = float(depth)
+        self.refined = 1
         self.cost: Cost | None = None
         if not isinstance(self.solver, Solver):
             raise TypeError(f"a Flow needs a Solver or its text, not {solver!r}")
@@ -51,7 +52,13 @@ class Flow(nn.Module):
             self.solver.steps(0.0, self.depth)
 
     def forward(self, x: State, memory: State | None = None) -> State:
-        """x(depth) from x = x(0); `memory` is the state one layer before x, for schemes that remember one."""
+        """x(depth) from x = x(0); `memory` is the state one layer before x, for schemes that remember one.
+
+        Where the layers are refined, `memory` lies one of the original layers before, and the scheme is given the state one
+        refined layer before, on the straight line between them.
+        """
+        if memory is not None and self.refined > 1:
+            memory = torch.lerp(x, memory, 1 / self.refined)
         solution = self.solver(self.field, x, (0.0, self.depth), memory)
         self.cost = solution.cost
         return solution.states[-1]
@@ -75,6 +82,7 @@ class Flow(nn.Module):
     def with_solver(self, solver: Solver | str) -> "Flow":
         """A flow of the same field, sharing its weights, under another solver."""
         flow = Flow(self.field, solver, self.depth)
+        flow.refined = self.refined
         flow.training = self.training  # not train(), which would set the shared field's modes too
         return flow
 
@@ -125,8 +133,10 @@ class Flow(nn.Module):
             )
         if isinstance(self.field, PiecewiseConstant):
             flow = Flow(_divided(self.field, k), self.solver, k * self.depth)
+            flow.refined = k * self.refined
         else:
             flow = Flow(copy.deepcopy(self.field), _finer(self.solver, k), self.depth)
+            flow.refined = self.refined
         flow.training = self.training
         return flow
 
@@ -139,13 +149,7 @@ def _divided(field: PiecewiseConstant, k: int) -> PiecewiseConstant:
     layers: list[Field] = []
     for layer in field.layers:
         for _ in range(k):
-            part = cast(Field, copy.deepcopy(layer))
-            if isinstance(part, Scaled):
-                part.scale /= k
-            else:
-                part = Scaled(part, 1 / k)
-                part.training = layer.training
-            layers.append(part)
+            layers.append(cast(Field, copy.deepcopy(layer)).scaled(1 / k))
     divided = PiecewiseConstant(layers)
     divided.training = divided.layers.training = field.training
     return divided

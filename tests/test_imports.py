@@ -12,7 +12,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # Parts of one rank know nothing of each other. `files` writes files for everybody and needs nobody.
 RANKS = [
-    {"types", "files"},
+    {"types", "files", "bases"},
     {"fields"},
     {"weights", "noise"},
     {"schemes"},

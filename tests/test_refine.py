@@ -31,9 +31,10 @@ from continuum import (
     preresnet,
     save,
 )
+from continuum.bases import Hat
 from continuum.models import builder
 from continuum.training import Classifier, Digits, OneCycle, Refine, Schedule, Steps
-from continuum.weights import Expansion, Hat
+from continuum.weights import Expansion
 
 
 def states(batch=3, features=4):

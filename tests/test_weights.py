@@ -12,8 +12,9 @@ from torch import nn
 from torch.func import functional_call
 
 from continuum import MLP, Autonomous, Flow, PiecewiseConstant, PreActivation, Scaled
+from continuum.bases import Chebyshev, Fourier, Hat, Legendre, named_basis
 from continuum.solvers.base import statistics_untouched
-from continuum.weights import Chebyshev, Expansion, Fourier, Hat, Legendre, named_basis
+from continuum.weights import Expansion
 
 NAMES = ["hat", "chebyshev", "legendre", "fourier"]
 DEPTHS = [0.0, 0.3, 1.0, 1.7, 2.5, 3.0]

@@ -1,6 +1,39 @@
 """What moves: fields f of dx/dt = f(t, x), and the branches of residual blocks."""
 
-from continuum.fields.base import Autonomous, Field, Momentum, Scaled, SecondOrder
-from continuum.fields.branches import MLP, ODENetBranch, PreActivation
+from continuum.fields.base import Autonomous, Field, Momentum, PostActivation, Scaled
+from continuum.fields.branches import (
+    MLP,
+    BasicBranch,
+    Bottleneck,
+    ODENetBranch,
+    PolyBranch,
+    PreActivation,
+    PreBottleneck,
+    SqueezeExcite,
+    Sum,
+)
+from continuum.fields.coupled import Antisymmetric, Coupled, DoubleLayer, SecondOrder, hamiltonian
+from continuum.fields.fractal import TwoColumns
 
-__all__ = ["MLP", "Autonomous", "Field", "Momentum", "ODENetBranch", "PreActivation", "Scaled", "SecondOrder"]
+__all__ = [
+    "MLP",
+    "Antisymmetric",
+    "Autonomous",
+    "BasicBranch",
+    "Bottleneck",
+    "Coupled",
+    "DoubleLayer",
+    "Field",
+    "Momentum",
+    "ODENetBranch",
+    "PolyBranch",
+    "PostActivation",
+    "PreActivation",
+    "PreBottleneck",
+    "Scaled",
+    "SecondOrder",
+    "SqueezeExcite",
+    "Sum",
+    "TwoColumns",
+    "hamiltonian",
+]

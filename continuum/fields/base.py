@@ -22,6 +22,12 @@ class Field(nn.Module, ABC):
     def forward(self, t: Time, x: State) -> State:
         """dx/dt at depth `t` (in layers) of the states `x`; the result has the shape of `x`."""
 
+    def scaled(self, scale: float) -> "Field":
+        """The field s f of the same weights, and of a kind that the same schemes can step."""
+        field = Scaled(self, scale)
+        field.training = self.training
+        return field
+
 
 class Autonomous(Field):
     """A field that does not depend on depth: f(t, x) = module(x), for any module that keeps the shape of x.
@@ -41,8 +47,29 @@ class Autonomous(Field):
         return self.module(x)
 
 
+class PostActivation(Field):
+    """The field of a residual block with its activation behind the sum: f(t, x) = relu(x + branch(x)) - x.
+
+    Its Euler step with h = 1 is the block relu(x + branch(x)) of arXiv 1512.03385, bit for bit where x >= 0, as it is behind
+    a ReLU. Every other solver, and every other h, integrates the same field and keeps x >= 0 where Euler's h is at most 1.
+
+    >>> import torch
+    >>> block = PostActivation(torch.nn.Linear(3, 3))
+    >>> x = torch.rand(2, 3)
+    >>> torch.equal(x + block(0.0, x), torch.relu(x + block.branch(x)))
+    True
+    """
+
+    def __init__(self, branch: nn.Module) -> None:
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, t: Time, x: State) -> State:
+        return torch.relu(x + self.branch(x)) - x
+
+
 class Scaled(Field):
-    """The field s f(t, x): what a residual scaling s does to a layer."""
+    """The field s f(t, x): what a residual scaling s, such as Inception-ResNet's (arXiv 1602.07261), does to a layer."""
 
     def __init__(self, field: Field, scale: float) -> None:
         super().__init__()
@@ -55,6 +82,9 @@ class Scaled(Field):
     def forward(self, t: Time, x: State) -> State:
         return self.scale * self.field(t, x)
 
+    def scaled(self, scale: float) -> "Field":
+        return self.field.scaled(self.scale * scale)
+
     def extra_repr(self) -> str:
         return f"scale={self.scale}"
 
@@ -65,38 +95,27 @@ class Momentum(Field):
     -k is a momentum and 1 + k a friction: under the scheme `LinearTwoStep` a step is
     x_{n+1} = (1 - k) x_n + k x_{n-1} + h f(x_n), the layer of LM-ResNet (arXiv 1710.10121); every other scheme and
     solver integrates f / (1 + k). k starts uniform in (-0.1, 0] unless it is given, and is zero-stable for -1 < k <= 1.
+    With `Momentum(f.scaled(1 - gamma), k=-gamma)` and k not trained it is the layer of a momentum ResNet (arXiv 2102.07870).
+
+    Raises:
+        ValueError: k = -1, where there is no first-order equation: that is `SecondOrder`.
     """
 
     def __init__(self, field: Field, k: float | None = None) -> None:
         super().__init__()
         self.field = field
         self.knots = field.knots
+        if k == -1:
+            raise ValueError("k = -1 makes (1 + k) x' = f an equation without x': the second-order one is SecondOrder(field)")
         self.k = nn.Parameter(-0.1 * torch.rand(()) if k is None else torch.tensor(float(k)))
 
     def forward(self, t: Time, x: State) -> State:
         return self.field(t, x) / (1 + self.k)
 
-
-class SecondOrder(Field):
-    """The second-order equation q'' = a(t, q) on the state x = (q, v): q' = v, v' = a(t, q).
-
-    Axis 1 of x holds the positions q in its first half and the velocities v in its second; `Augment` appends zeros, so
-    that motion starts from rest (papers: arXiv 2002.08071, 2006.07220).
-
-    Raises:
-        ValueError: x has an odd number of channels.
-    """
-
-    def __init__(self, acceleration: Field) -> None:
-        super().__init__()
-        self.acceleration = acceleration
-        self.knots = acceleration.knots
-
-    def forward(self, t: Time, x: State) -> State:
-        if x.shape[1] % 2:
-            raise ValueError(f"SecondOrder needs an even number of channels, (q, v) on axis 1; got shape {tuple(x.shape)}")
-        position, velocity = x.chunk(2, dim=1)
-        return torch.cat([velocity, self.acceleration(t, position)], dim=1)
+    def scaled(self, scale: float) -> "Field":
+        field = Momentum(self.field.scaled(scale), k=0.0)
+        field.k, field.training = self.k, self.training
+        return field
 
 
 def checked(slope: State, x: State) -> State:

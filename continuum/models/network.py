@@ -11,12 +11,13 @@ from typing import ParamSpec
 import torch
 from torch import Tensor, nn
 
+from continuum.bases import named_basis
 from continuum.fields import PreActivation
 from continuum.flow import Flow
 from continuum.solvers import Adaptive, SolveError, Solver
 from continuum.solvers.base import restored_on_error
 from continuum.types import Images, Logits, State
-from continuum.weights import Expansion, PiecewiseConstant, named_basis
+from continuum.weights import Expansion, PiecewiseConstant
 
 P = ParamSpec("P")
 

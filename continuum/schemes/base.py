@@ -3,15 +3,17 @@
 import re
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
+from torch import Tensor
 
 from continuum.fields import Field
 from continuum.fields.base import checked
 from continuum.types import State
+from continuum.weights import PiecewiseConstant
 
 Memory: TypeAlias = tuple[State, ...]
 """What a step hands to the next one; () where there is nothing to remember."""
@@ -48,6 +50,58 @@ class Scheme(ABC):
     def evaluations(self, field: Field, steps: Sequence[tuple[float, float]]) -> int:
         """Field evaluations of a solve with these steps (t, h)."""
         return len(steps) * self.stages
+
+
+Evaluate: TypeAlias = Callable[[Field, float, State], State]
+"""How a reversible scheme asks a field for its value: field(t, x), or a value that is known already."""
+
+
+def evaluate(field: Field, t: float, x: State) -> State:
+    return field(t, x)
+
+
+class ReversibleScheme(Scheme):
+    """A scheme whose steps can be undone, so that a gradient needs no stored states.
+
+    A subclass writes its step as `forth` and the inverse as `back`. Both get every value of a field from `evaluate`, and
+    `back` asks for those that `forth` asked for in the reverse order: the solver keeps random masks by that order, and uses
+    the values of `back` again for the gradient of `forth`.
+    """
+
+    def step(self, field: Field, t: float, x: State, h: float, memory: Memory) -> tuple[State, Memory]:
+        return self.forth(evaluate, field, t, x, h, memory)
+
+    def undo(self, field: Field, t: float, x: State, h: float, memory: Memory, first: bool = False) -> tuple[State, Memory]:
+        """The inverse of `step`: what it was given at depth `t`, from what it returned.
+
+        `first` says that the step had no memory, as at the start of a multistep scheme.
+        """
+        return self.back(evaluate, field, t, x, h, memory, first)
+
+    @abstractmethod
+    def forth(self, evaluate: Evaluate, field: Field, t: float, x: State, h: float, memory: Memory) -> tuple[State, Memory]: ...
+
+    @abstractmethod
+    def back(
+        self, evaluate: Evaluate, field: Field, t: float, x: State, h: float, memory: Memory, first: bool
+    ) -> tuple[State, Memory]: ...
+
+    def check_undo(self, field: Field) -> None:
+        """Raise TypeError if steps of `field` can be taken but not undone."""
+
+    def coefficients(self, field: Field, t: float) -> tuple[Tensor, ...]:
+        """Parameters that the step itself multiplies with, beside those inside the evaluated fields."""
+        return ()
+
+
+def layer_at(field: Field, t: float) -> Field:
+    """The layer in force at depth `t` under piecewise-constant weights, otherwise the field itself."""
+    return field.layer(t) if isinstance(field, PiecewiseConstant) else field
+
+
+def layers_of(field: Field) -> list[Field]:
+    """All layers under piecewise-constant weights, otherwise the field alone."""
+    return [cast(Field, layer) for layer in field.layers] if isinstance(field, PiecewiseConstant) else [field]
 
 
 def combine(x: State, h: float, weights: Sequence[float], slopes: Sequence[State]) -> State:

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from continuum.fields import Field, Momentum
-from continuum.schemes.base import Memory, Scheme, combine, inside, knot_at
+from continuum.schemes.base import Evaluate, Memory, ReversibleScheme, Scheme, combine, inside, knot_at, layer_at, layers_of
 from continuum.schemes.runge_kutta import RK4, Heun, Kutta3, runge_kutta_step
 from continuum.types import State
-from continuum.weights import PiecewiseConstant
 
 BETA = {2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
 STARTER = {2: Heun.tableau, 3: Kutta3.tableau, 4: RK4.tableau}
@@ -53,15 +53,18 @@ class AdamsBashforth(Scheme):
 
 
 @dataclass(frozen=True)
-class LinearTwoStep(Scheme):
+class LinearTwoStep(ReversibleScheme):
     """The two-step scheme of LM-ResNet, x_{n+1} = (1 - k_n) x_n + k_n x_{n-1} + h f_n(x_n) (arXiv 1710.10121).
 
     It steps `Momentum` layers, which own their k; layers without one take a plain residual step. Of order 1 for
     (1 + k) x' = f, and zero-stable for -1 < k <= 1. The first step, if no previous state is given, is Euler's for the same
     equation.
 
+    A step is undone by x_{n-1} = (x_{n+1} - (1 - k) x_n - h f(x_n)) / k, which multiplies rounding errors by 1 / |k|: fit for
+    momentum networks with k near -1, not for a new LM-ResNet, whose k lie in (-0.1, 0].
+
     Raises:
-        TypeError: no layer of the field is a `Momentum`.
+        TypeError: no layer of the field is a `Momentum`; to undo steps, every layer but the first must be one.
     """
 
     order = 1
@@ -69,23 +72,84 @@ class LinearTwoStep(Scheme):
     variable_steps = False
 
     def check(self, field: Field) -> None:
-        layers = field.layers if isinstance(field, PiecewiseConstant) else [field]
-        if not any(isinstance(layer, Momentum) for layer in layers):
+        if not any(isinstance(layer, Momentum) for layer in layers_of(field)):
             raise TypeError(
                 f"LinearTwoStep steps Momentum(field) or PiecewiseConstant layers of them, which hold k; got a "
                 f"{type(field).__name__} without any. Wrap the layers in Momentum, or use Euler()"
             )
 
-    def begin(self, x: State, previous: State | None, h: float) -> Memory:
-        if previous is None:
-            return ()
-        # The previous state lies one layer back; a shorter step starts from the same velocity.
-        return (previous if abs(h) == 1 else torch.lerp(x, previous, abs(h)),)
+    def check_undo(self, field: Field) -> None:
+        for index, layer in enumerate(layers_of(field)[1:], 1):
+            if not isinstance(layer, Momentum):
+                raise TypeError(
+                    f"layer {index} is a {type(layer).__name__} without k: its step forgets the state before, so LinearTwoStep "
+                    "cannot undo it. Wrap it in Momentum, or take gradient='direct'"
+                )
 
-    def step(self, field: Field, t: float, x: State, h: float, memory: Memory) -> tuple[State, Memory]:
+    def begin(self, x: State, previous: State | None, h: float) -> Memory:
+        return _previous(x, previous, h)
+
+    def coefficients(self, field: Field, t: float) -> tuple[Tensor, ...]:
+        layer = layer_at(field, t)
+        return (layer.k,) if isinstance(layer, Momentum) else ()
+
+    def forth(self, evaluate: Evaluate, field: Field, t: float, x: State, h: float, memory: Memory) -> tuple[State, Memory]:
         t = inside(field.knots, t, h, 0, x.dtype)
-        layer = field.layer(t) if isinstance(field, PiecewiseConstant) else field
+        layer = layer_at(field, t)
         if not isinstance(layer, Momentum) or not memory:
-            return combine(x, h, (1,), (layer(t, x),)), (x,)
+            slope = evaluate(layer.field, t, x) / (1 + layer.k) if isinstance(layer, Momentum) else evaluate(layer, t, x)
+            return combine(x, h, (1,), (slope,)), (x,)
         k = layer.k
-        return combine((1 - k) * x + k * memory[0], h, (1,), (layer.field(t, x),)), (x,)
+        return combine((1 - k) * x + k * memory[0], h, (1,), (evaluate(layer.field, t, x),)), (x,)
+
+    def back(
+        self, evaluate: Evaluate, field: Field, t: float, x: State, h: float, memory: Memory, first: bool
+    ) -> tuple[State, Memory]:
+        t = inside(field.knots, t, h, 0, x.dtype)
+        layer, (before,) = layer_at(field, t), memory
+        if first:
+            evaluate(layer.field if isinstance(layer, Momentum) else layer, t, before)
+            return before, ()
+        assert isinstance(layer, Momentum)
+        k = layer.k
+        return before, (combine(x - (1 - k) * before, h, (-1,), (evaluate(layer.field, t, before),)) / k,)
+
+
+@dataclass(frozen=True)
+class TwoStepMidpoint(ReversibleScheme):
+    """The two-step midpoint rule x_{n+1} = x_{n-1} + 2 h f_n(x_n): order 2, one evaluation (arXiv 1709.03698).
+
+    It is `LinearTwoStep` with k = 1 and 2 f. The first step, if no previous state is given, is Euler's. Undone by
+    x_{n-1} = x_{n+1} - 2 h f_n(x_n). Stable on the imaginary axis only: for fields that neither grow nor damp.
+
+    Raises:
+        TypeError: layers in `Momentum`, which belong to `LinearTwoStep`.
+    """
+
+    order = 2
+    stages = 1
+    variable_steps = False
+
+    def check(self, field: Field) -> None:
+        if any(isinstance(layer, Momentum) for layer in layers_of(field)):
+            raise TypeError("TwoStepMidpoint has its own k = 1: give it the fields without Momentum, or use LinearTwoStep()")
+
+    def begin(self, x: State, previous: State | None, h: float) -> Memory:
+        return _previous(x, previous, h)
+
+    def forth(self, evaluate: Evaluate, field: Field, t: float, x: State, h: float, memory: Memory) -> tuple[State, Memory]:
+        slope = evaluate(layer_at(field, t), inside(field.knots, t, h, 0, x.dtype), x)
+        return (combine(memory[0], h, (2,), (slope,)) if memory else combine(x, h, (1,), (slope,))), (x,)
+
+    def back(
+        self, evaluate: Evaluate, field: Field, t: float, x: State, h: float, memory: Memory, first: bool
+    ) -> tuple[State, Memory]:
+        slope = evaluate(layer_at(field, t), inside(field.knots, t, h, 0, x.dtype), memory[0])
+        return memory[0], (() if first else (combine(x, h, (-2,), (slope,)),))
+
+
+def _previous(x: State, previous: State | None, h: float) -> Memory:
+    """The memory of a two-step scheme whose previous state lies one layer back; shorter steps start from its velocity."""
+    if previous is None:
+        return ()
+    return (previous if abs(h) == 1 else torch.lerp(x, previous, abs(h)),)

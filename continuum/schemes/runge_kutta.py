@@ -18,8 +18,8 @@ from itertools import combinations_with_replacement
 from math import prod
 from typing import ClassVar, TypeAlias
 
-from continuum.fields import Field
-from continuum.schemes.base import Memory, Scheme, combine, inside
+from continuum.fields import Field, TwoColumns
+from continuum.schemes.base import Memory, Scheme, combine, inside, layer_at, layers_of
 from continuum.types import State
 
 Tree: TypeAlias = tuple["Tree", ...]
@@ -154,3 +154,31 @@ class RK4(RungeKutta):
     """The classical fourth-order method of Kutta: four evaluations (torchdiffeq's rk4 is the 3/8 rule)."""
 
     tableau = Tableau(c=(0, 1 / 2, 1 / 2, 1), a=((), (1 / 2,), (0, 1 / 2), (0, 0, 1)), b=(1 / 6, 1 / 3, 1 / 3, 1 / 6), order=4)
+
+
+@dataclass(frozen=True)
+class Fractal(Scheme):
+    """The two-column block of a FractalNet as a step, x+ = x + h k f1(x) + h f2(x + h f1(x)), for `TwoColumns` fields.
+
+    A Runge-Kutta scheme of two stages, each with a function of its own (arXiv 1710.10121). Of order 1 for x' = k f1 + f2; of
+    order 2 where both are multiples of one f with the coefficients of Heun's method or the midpoint rule.
+
+    Raises:
+        TypeError: a layer of the field is not `TwoColumns`.
+    """
+
+    order = 1
+    stages = 1
+
+    def check(self, field: Field) -> None:
+        for layer in layers_of(field):
+            if not isinstance(layer, TwoColumns):
+                raise TypeError(f"Fractal steps TwoColumns(f1, f2), not a {type(layer).__name__}: use Heun() or another scheme")
+
+    def step(self, field: Field, t: float, x: State, h: float, memory: Memory) -> tuple[State, Memory]:
+        t = inside(field.knots, t, h, 0, x.dtype)
+        layer = layer_at(field, t)
+        assert isinstance(layer, TwoColumns)
+        first = layer.first(t, x)
+        second = layer.second(t, combine(x, h, (1,), (first,)))
+        return combine(x, h, (layer.k, 1), (first, second)), ()

@@ -13,6 +13,7 @@ from typing import ClassVar, Literal, cast, get_args
 import torch
 import torchdiffeq
 from torch import Tensor
+from torch.nn.modules.dropout import _DropoutNd
 from torchdiffeq._impl.odeint import SOLVERS
 from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver
 from torchdiffeq._impl.scipy_wrapper import ScipyWrapperODESolver
@@ -26,6 +27,7 @@ from continuum.solvers.base import (
     Solution,
     SolveError,
     Solver,
+    needs_grad,
     option_text,
     restored_on_error,
     rows_not_finite,
@@ -56,6 +58,7 @@ class Adaptive(Solver):
 
     Raises:
         ValueError: an unknown method (the message lists the valid ones), a fixed-grid one, or a limit out of range.
+        TypeError: a field with dropout, in training mode.
         SolveError: on solving: a state not finite, a step below `min_step` or below rounding, or `max_evaluations` spent.
     """
 
@@ -93,8 +96,17 @@ class Adaptive(Solver):
         options = [f"{name}={option_text(getattr(self, name))}" for name in ("rtol", "atol", *(f.name for f in others))]
         return f"{self.method}:{','.join(options)}"
 
+    def check(self, field: Field) -> None:
+        for name, module in field.named_modules():
+            if isinstance(module, _DropoutNd) and module.p and module.training:
+                raise TypeError(
+                    f"{name} of this field draws anew at every evaluation, and an adaptive solver would take its noise for an "
+                    "error of the step: set its rate to 0, put the network in eval() mode, or take fixed steps"
+                )
+
     def __call__(self, field: Field, x: State, times: Sequence[float], previous: State | None = None) -> Solution:
-        if self.method not in PAIRS and torch.is_grad_enabled() and _needs_grad(field, x):
+        self.check(field)  # again, because training may have been switched on since
+        if self.method not in PAIRS and needs_grad(field, x):
             raise RuntimeError(f"{self.method} goes forward only: solve under torch.no_grad(), or with another method")
         if not x.numel():  # an empty batch has no error to control
             return Solution([x] * len(times), Cost(0, 0, 0, tuple(times)))
@@ -273,10 +285,6 @@ def _with_knots(knots: Sequence[float], start: float, stop: float) -> list[float
 
 def _norm(x: Tensor) -> float:
     return float(x.pow(2).mean().sqrt())
-
-
-def _needs_grad(field: Field, x: State) -> bool:
-    return x.requires_grad or any(parameter.requires_grad for parameter in field.parameters())
 
 
 @dataclass(frozen=True)

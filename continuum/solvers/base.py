@@ -90,6 +90,11 @@ def rows_not_finite(*tensors: Tensor) -> list[int]:
     return sorted(bad)
 
 
+def needs_grad(field: Field, x: State) -> bool:
+    """Whether a solve of `field` from `x` will be differentiated."""
+    return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in field.parameters()))
+
+
 @contextmanager
 def restored_on_error(module: nn.Module) -> Iterator[None]:
     """Give the buffers of `module` (BatchNorm statistics) back their values if a solve fails inside the block."""

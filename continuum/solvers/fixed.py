@@ -3,11 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Literal, get_args
 
 from continuum.fields import Field
-from continuum.schemes import Scheme
-from continuum.solvers.base import Cost, Solution, Solver, option_text
+from continuum.schemes import ReversibleScheme, Scheme
+from continuum.solvers.base import Cost, Solution, Solver, needs_grad, option_text
+from continuum.solvers.reversible import solve_reversibly
 from continuum.types import State
+
+Gradient = Literal["direct", "reversible"]
 
 Step = tuple[float, float]
 """A step as (t, h)."""
@@ -20,23 +24,37 @@ class FixedStep(Solver):
     Depth is counted in layers, so h is 1/m (m steps a layer) or an integer (that many layers a step), and the points
     k/m are exact at every layer boundary. A plain loop: no host synchronisation, no checks, one graph under torch.compile.
 
-    >>> from continuum.schemes import RK4
+    `gradient="direct"` differentiates what was computed, and stores it. `"reversible"` stores the end state only, whatever the
+    number of steps, and rebuilds the others on the way back: the same gradient up to the rounding of `undo`, for about one
+    more evaluation a step. A backward pass through it cannot be differentiated again.
+
+    >>> from continuum.schemes import RK4, Coupling
     >>> str(FixedStep(RK4(), h=1 / 4))
     'rk4:h=0.25'
+    >>> str(FixedStep(Coupling(), gradient="reversible"))
+    'coupling:h=1,gradient=reversible'
 
     Raises:
         ValueError: h is neither 1/m nor an integer, or does not divide the depth; the grid is not strictly monotone, or a
-            multistep scheme is given an uneven one.
-        TypeError: the scheme cannot step the field.
+            multistep scheme is given an uneven one; an unknown gradient.
+        TypeError: the scheme cannot step the field, or cannot undo its steps.
     """
 
     scheme: Scheme
     h: float = 1
     grid: tuple[float, ...] | None = field(default=None, kw_only=True)
+    gradient: Gradient = field(default="direct", kw_only=True)
 
     def __post_init__(self) -> None:
         if not isinstance(self.scheme, Scheme):
             raise TypeError(f"FixedStep needs a Scheme such as Euler(), not {self.scheme!r}")
+        if self.gradient not in get_args(Gradient):
+            raise ValueError(f"gradient is one of {', '.join(get_args(Gradient))}, not {self.gradient!r}")
+        if self.gradient == "reversible" and not isinstance(self.scheme, ReversibleScheme):
+            raise TypeError(
+                f"gradient='reversible' needs a scheme that can undo its steps, such as Coupling(), Verlet() or "
+                f"TwoStepMidpoint(); {type(self.scheme).__name__} cannot"
+            )
         if self.grid is not None:
             self._check_grid(self.grid)
         elif not (0 < self.h < float("inf") and _whole(self.h if self.h >= 1 else 1 / self.h)):
@@ -54,10 +72,13 @@ class FixedStep(Solver):
     def __str__(self) -> str:
         name = str(self.scheme)
         option = f"h={option_text(self.h)}" if self.grid is None else f"grid={option_text(self.grid)}"
-        return f"{name}{',' if ':' in name else ':'}{option}"
+        gradient = "" if self.gradient == "direct" else f",gradient={self.gradient}"
+        return f"{name}{',' if ':' in name else ':'}{option}{gradient}"
 
     def check(self, field: Field) -> None:
         self.scheme.check(field)
+        if self.gradient == "reversible" and isinstance(self.scheme, ReversibleScheme):
+            self.scheme.check_undo(field)
 
     def steps(self, start: float, stop: float) -> list[Step]:
         """The steps (t, h) from `start` to `stop`, h negative on the way back."""
@@ -93,8 +114,11 @@ class FixedStep(Solver):
         memory = self.scheme.begin(x, previous, steps[0][1])
         states = [x]
         for leg in legs:
-            for t, h in leg:
-                x, memory = self.scheme.step(field, t, x, h, memory)
+            if self.gradient == "reversible" and isinstance(self.scheme, ReversibleScheme) and needs_grad(field, x):
+                x, memory = solve_reversibly(self.scheme, field, x, memory, leg)
+            else:
+                for t, h in leg:
+                    x, memory = self.scheme.step(field, t, x, h, memory)
             states.append(x)
         grid = (*(t for t, _ in steps), times[-1])
         return Solution(states, Cost(self.scheme.evaluations(field, steps), len(steps), 0, grid))

@@ -1,18 +1,50 @@
 """Solvers as text, name:key=value,... - one grammar for the command line, configs and saved files."""
 
 from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, cast
 
-from continuum.schemes import RK4, AdamsBashforth, Euler, Heun, Kutta3, LinearTwoStep, Midpoint, Scheme
+from continuum.schemes import (
+    RK4,
+    AdamsBashforth,
+    Coupling,
+    Euler,
+    Fractal,
+    Heun,
+    Kutta3,
+    Leapfrog,
+    LinearTwoStep,
+    Midpoint,
+    NeumannSeries,
+    Scheme,
+    TwoStepMidpoint,
+    Verlet,
+)
 from continuum.solvers.adaptive import METHODS, PAIRS, Adaptive, Embedded
 from continuum.solvers.base import Solver
 from continuum.solvers.fixed import FixedStep
 
-KNOWN = (Euler(), Midpoint(), Heun(), Kutta3(), RK4(), AdamsBashforth(), LinearTwoStep())
+KNOWN = (
+    Euler(),
+    Midpoint(),
+    Heun(),
+    Kutta3(),
+    RK4(),
+    AdamsBashforth(),
+    LinearTwoStep(),
+    TwoStepMidpoint(),
+    NeumannSeries(),
+    Fractal(),
+    Coupling(),
+    Leapfrog(),
+    Verlet(),
+)
 SCHEMES: dict[str, type[Scheme]] = {str(scheme).partition(":")[0]: type(scheme) for scheme in KNOWN}
 
 FIXED_OPTIONS: dict[str, Callable[[str], object]] = {
     "h": float,
     "grid": lambda text: tuple(float(depth) for depth in text.split("/")),
+    "gradient": str,
 }
 ADAPTIVE_OPTIONS: dict[str, Callable[[str], object]] = {
     "rtol": float,
@@ -39,7 +71,7 @@ def parse(text: str) -> Solver:
     name, _, rest = text.partition(":")
     name = name.strip()
     options = dict(_option(text, part) for part in rest.split(",") if part.strip())
-    if name in PAIRS and options.keys() & FIXED_OPTIONS.keys():
+    if name in PAIRS and options.keys() & {"h", "grid"}:
         return FixedStep(Embedded(name), **_values(text, options, FIXED_OPTIONS))  # pyright: ignore[reportArgumentType]
     if name in METHODS:
         return Adaptive(name, **_values(text, options, ADAPTIVE_OPTIONS))  # pyright: ignore[reportArgumentType]
@@ -47,10 +79,13 @@ def parse(text: str) -> Solver:
         raise ValueError(
             f"unknown solver {name!r} in {text!r}; fixed-step: {', '.join(SCHEMES)}; adaptive: {', '.join(METHODS)}"
         )
-    order = {"order": int} if SCHEMES[name] is AdamsBashforth else {}
-    values = _values(text, options, {**order, **FIXED_OPTIONS})
-    scheme = SCHEMES[name](**{key: values.pop(key) for key in order if key in values})  # pyright: ignore[reportCallIssue]
-    return FixedStep(scheme, **values)  # pyright: ignore[reportArgumentType]
+    own: dict[str, Callable[[str], object]] = {f.name: int for f in fields(cast(Any, SCHEMES[name]))}  # order, terms
+    values = _values(text, options, {**own, **FIXED_OPTIONS})
+    try:
+        scheme = SCHEMES[name](**{key: values.pop(key) for key in own if key in values})
+        return FixedStep(scheme, **values)  # pyright: ignore[reportArgumentType]
+    except TypeError as error:
+        raise ValueError(f"in {text!r}: {error}") from None
 
 
 def _option(text: str, part: str) -> tuple[str, str]:

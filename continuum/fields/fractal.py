@@ -1,0 +1,36 @@
+"""The two-column fractal block as a field, f = k f1 + f2: its columns see different states only within a step."""
+
+from continuum.fields.base import Field
+from continuum.types import State, Time
+
+
+class TwoColumns(Field):
+    """Two columns of a fractal block, f(t, x) = k f1(t, x) + f2(t, x) (arXiv 1605.07648, 1710.10121).
+
+    Under the scheme `Fractal` a step is the block x+ = (1 - k) x + k (x + h f1(x)) + h f2(x + h f1(x)), that is a Runge-Kutta
+    step of two stages: Heun's for f1 = f, f2 = f / 2, k = 1/2; the midpoint rule for f1 = f / 2, f2 = f, k = 0. Every other
+    scheme and solver integrates k f1 + f2.
+
+    Raises:
+        TypeError: a column is no `Field`, or jumps in depth.
+    """
+
+    def __init__(self, first: Field, second: Field, k: float = 0.5) -> None:
+        super().__init__()
+        for column in (first, second):
+            if not isinstance(column, Field) or column.knots:
+                raise TypeError(f"TwoColumns needs two Fields that are smooth in depth, not {type(column).__name__}")
+        self.first = first
+        self.second = second
+        self.k = float(k)
+
+    def forward(self, t: Time, x: State) -> State:
+        return self.k * self.first(t, x) + self.second(t, x)
+
+    def scaled(self, scale: float) -> Field:
+        field = TwoColumns(self.first.scaled(scale), self.second.scaled(scale), self.k)
+        field.training = self.training
+        return field
+
+    def extra_repr(self) -> str:
+        return f"k={self.k:g}"
