@@ -20,7 +20,8 @@ from rich.table import Table
 import continuum.training
 from continuum.analysis.compare import Row, compare, write_csv, write_json
 from continuum.analysis.plots import draw_comparison, draw_steps
-from continuum.models.checkpoint import BUILDERS, KEY, CheckpointError, read, restore
+from continuum.models.checkpoint import KEY, CheckpointError, read, restore
+from continuum.models.zoo import BUILDERS
 from continuum.solvers import SolveError, parse
 from continuum.training import Classifier, Digits, ImageData, LogCost, WritePredictions
 from continuum.training.images import DataError

@@ -119,8 +119,8 @@ class Flow(nn.Module):
         remains. Nothing is shared with this flow: weights are copied.
 
         >>> from continuum.fields import MLP
-        >>> Flow(MLP(2, hidden=16), "euler:h=0.5", depth=1).refine(2).solver
-        FixedStep(scheme=Euler(), h=0.25, grid=None)
+        >>> str(Flow(MLP(2, hidden=16), "euler:h=0.5", depth=1).refine(2).solver)
+        'euler:h=0.25'
 
         Raises:
             ValueError: k is no integer of at least 2, h / k is no step, or the solver steps over a grid.

@@ -216,7 +216,7 @@ def changed(path, **changes):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"builder": "resnext"}, ["resnext", "preresnet", "builder"]),
+        ({"builder": "densenet"}, ["densenet", "preresnet", "builder"]),
         ({"builder": None}, ["builder"]),
         ({"builder": ["mlp"]}, ["builder"]),
         ({"arguments": {"layers": 3}}, ["layers"]),

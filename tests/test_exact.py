@@ -115,8 +115,8 @@ def plain_copy(network, n, width):
             plain.k[str(index)].data.copy_(part.k.data)
             part = part.field
         elif not isinstance(part, Autonomous):
-            plain.shortcuts[str(index)][0].load_state_dict(part.norm.state_dict())
-            plain.shortcuts[str(index)][1].load_state_dict(part.project.state_dict())
+            plain.shortcuts[str(index)][0].load_state_dict(part.shortcut.norm.state_dict())
+            plain.shortcuts[str(index)][1].load_state_dict(part.shortcut.conv.state_dict())
         copy_branch(block, part.module if isinstance(part, Autonomous) else part.branch)
     plain.norm.load_state_dict(network.head.norm.state_dict())
     plain.linear.load_state_dict(network.head.linear.state_dict())
@@ -137,7 +137,7 @@ def tensors(network):
             k = [part.k] if isinstance(part, Momentum) else []
             inner = part.field if k else part
             branch = inner.module if isinstance(inner, Autonomous) else inner.branch
-            extra = [] if isinstance(inner, Autonomous) else [inner.norm, inner.project]
+            extra = [] if isinstance(inner, Autonomous) else [inner.shortcut.norm, inner.shortcut.conv]
             parts.append(([branch.norm1, branch.conv1, branch.norm2, branch.conv2, *extra], k))
     modules = [stem, *(module for inner, _ in parts for module in inner), *head]
     parameters = [p for module in modules for p in module.parameters()] + [k for _, ks in parts for k in ks]

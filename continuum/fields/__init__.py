@@ -12,7 +12,7 @@ from continuum.fields.branches import (
     SqueezeExcite,
     Sum,
 )
-from continuum.fields.coupled import Antisymmetric, Coupled, DoubleLayer, SecondOrder, hamiltonian
+from continuum.fields.coupled import Antisymmetric, Coupled, DoubleLayer, Hamiltonian, SecondOrder
 from continuum.fields.fractal import TwoColumns
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Coupled",
     "DoubleLayer",
     "Field",
+    "Hamiltonian",
     "Momentum",
     "ODENetBranch",
     "PolyBranch",
@@ -35,5 +36,4 @@ __all__ = [
     "SqueezeExcite",
     "Sum",
     "TwoColumns",
-    "hamiltonian",
 ]

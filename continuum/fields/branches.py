@@ -1,5 +1,7 @@
 """The f of residual blocks: what a layer adds to its input, x + f(x)."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -28,14 +30,21 @@ class PreActivation(nn.Module):
 
     Maps (batch, in_channels, height, width) to (batch, out_channels, height / stride, width / stride). With equal
     channels and stride 1, `Autonomous(PreActivation(c, c))` is a field. A `dropout` rate acts between the convolutions, as in
-    wide residual networks (arXiv 1605.07146).
+    wide residual networks (arXiv 1605.07146); `norm` may be another norm of so many channels.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        dropout: float = 0.0,
+        norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
+    ) -> None:
         super().__init__()
-        self.norm1 = nn.BatchNorm2d(in_channels)
+        self.norm1 = norm(in_channels)
         self.conv1 = conv3x3(in_channels, out_channels, stride)
-        self.norm2 = nn.BatchNorm2d(out_channels)
+        self.norm2 = norm(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = conv3x3(out_channels, out_channels)
 

@@ -113,14 +113,16 @@ class Antisymmetric(nn.Module):
         return f"gamma={self.gamma:g}"
 
 
-def hamiltonian(channels: int) -> Coupled:
+class Hamiltonian(Coupled):
     """y' = K1^T relu(K1 z + b1) + c1, z' = -K2^T relu(K2 y + b2) - c2 on (y, z) of `channels` in all (arXiv 1709.03698).
 
     Raises:
         ValueError: an odd number of channels.
     """
-    half = half_of(channels)
-    return Coupled(Autonomous(DoubleLayer(half)), Scaled(Autonomous(DoubleLayer(half)), -1.0))
+
+    def __init__(self, channels: int) -> None:
+        half = half_of(channels)
+        super().__init__(Autonomous(DoubleLayer(half)), Scaled(Autonomous(DoubleLayer(half)), -1.0))
 
 
 def half_of(channels: int) -> int:

@@ -1,6 +1,52 @@
 """Networks made of flows: their parts, the zoo, and the files they live in."""
 
-from continuum.models.network import Augment, Network, builder
-from continuum.models.zoo import lm_resnet, mlp, odenet, preresnet
+from continuum.models.network import Network, builder
+from continuum.models.parts import Augment
+from continuum.models.zoo import (
+    antisymmetric,
+    continuous_resnet,
+    fractal_resnet,
+    fractalnet,
+    hamiltonian,
+    imagenet_resnet,
+    leapfrog,
+    lm_resnet,
+    lm_resnext,
+    midpoint,
+    mlp,
+    momentum_resnet,
+    odenet,
+    polynet,
+    preresnet,
+    resnet,
+    resnext,
+    revnet,
+    se_resnet,
+    wide_resnet,
+)
 
-__all__ = ["Augment", "Network", "builder", "lm_resnet", "mlp", "odenet", "preresnet"]
+__all__ = [
+    "Augment",
+    "Network",
+    "antisymmetric",
+    "builder",
+    "continuous_resnet",
+    "fractal_resnet",
+    "fractalnet",
+    "hamiltonian",
+    "imagenet_resnet",
+    "leapfrog",
+    "lm_resnet",
+    "lm_resnext",
+    "midpoint",
+    "mlp",
+    "momentum_resnet",
+    "odenet",
+    "polynet",
+    "preresnet",
+    "resnet",
+    "resnext",
+    "revnet",
+    "se_resnet",
+    "wide_resnet",
+]

@@ -11,8 +11,8 @@ import torch
 
 from continuum.files import whole_file
 from continuum.flow import Flow
-from continuum.models import zoo
 from continuum.models.network import Network
+from continuum.models.zoo import BUILDERS
 from continuum.solvers import Adaptive, Solver
 from continuum.solvers.text import describe
 
@@ -20,13 +20,6 @@ KEY = "continuum"
 """Where the description stands in a file; a training checkpoint carries it under the same key."""
 
 FORMAT = 1
-
-BUILDERS: dict[str, Callable[..., Network]] = {
-    "preresnet": zoo.preresnet,
-    "lm_resnet": zoo.lm_resnet,
-    "odenet": zoo.odenet,
-    "mlp": zoo.mlp,
-}
 
 
 class CheckpointError(ValueError):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from continuum.flow import Flow
-from continuum.models.network import Network, solve_named
+from continuum.models.network import Network, solve_named, transit
 from continuum.solvers import FixedStep, SolveError
 from continuum.solvers.base import rows_not_finite, statistics_untouched
 from continuum.types import Images, State
@@ -24,7 +24,7 @@ def find_failure(network: Network, images: Images) -> SolveError:
             return _error("the stem's output is not finite", rows=rows_not_finite(x))
         for index, stage in enumerate(network.stages):
             if not isinstance(stage, Flow):
-                x, previous = stage(x)
+                x, previous = transit(stage, x)
                 if rows_not_finite(x):
                     return _error(f"the output of the transition stages.{index} is not finite", rows=rows_not_finite(x))
                 continue

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from continuum.bases import named_basis
-from continuum.fields import PreActivation
 from continuum.flow import Flow
 from continuum.solvers import Adaptive, SolveError, Solver
 from continuum.solvers.base import restored_on_error
@@ -37,9 +36,9 @@ class Blueprint:
 class Network(nn.Module):
     """head(stages(stem(images))).
 
-    A stage is a `Flow`, or a transition: a module that returns (x, previous) with the state after it and the one that the
-    next flow takes as "one layer before" (see `Transition`). `flows` lists the flows; `with_solver` gives the network with
-    the same weights under another solver.
+    A stage is a `Flow`, or a transition between sizes: a module that returns the state after it, or a pair of that and the
+    state which the next flow takes as "one layer before". `flows` lists the flows; `with_solver` gives the network with the
+    same weights under another solver.
 
     Raises:
         SolveError: a flow cannot be solved; it carries the flow's name, and buffers are those from before the call.
@@ -153,12 +152,18 @@ class Network(nn.Module):
             x, previous = self.stem(images), None
             for index, stage in enumerate(self.stages):
                 if not isinstance(stage, Flow):
-                    x, previous = stage(x)
+                    x, previous = transit(stage, x)
                 elif isinstance(stage.solver, Adaptive):
                     x, previous = solve_named(stage, x, index), None
                 else:
                     x, previous = stage(x, previous), None
             return self.head(x)
+
+
+def transit(stage: nn.Module, x: State) -> tuple[State, State | None]:
+    """The state after a transition, and the one before it where the transition gives one."""
+    after = stage(x)
+    return after if isinstance(after, tuple) else (after, None)
 
 
 def solve_named(flow: Flow, x: Tensor, index: int) -> Tensor:
@@ -179,63 +184,6 @@ def _projected(flow: Flow, name: str, size: int) -> Flow:
     projected = Flow(flow.field.project(named_basis(name, size, flow.depth)), flow.solver, flow.depth)
     projected.training = flow.training
     return projected
-
-
-class Augment(nn.Module):
-    """A stem that appends `channels` zeros to axis 1: a flow can go around in dimensions the data does not have
-    (arXiv 1904.01681), and a second-order field finds its velocities there.
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        if channels < 0:
-            raise ValueError(f"channels is the number of zeros to append, not {channels}")
-        self.channels = channels
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([x, x.new_zeros(x.shape[0], self.channels, *x.shape[2:])], dim=1)
-
-
-class Transition(nn.Module):
-    """A plain residual step that changes size, P(x) + f(x) with P = BN-ReLU-conv1x1 of stride `stride`.
-
-    Returns (P(x) + f(x), P(x)): the projected old state is the "previous state" of the layer after it.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 2) -> None:
-        super().__init__()
-        self.branch = PreActivation(in_channels, out_channels, stride)
-        self.norm = nn.BatchNorm2d(in_channels)
-        self.project = nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
-        nn.init.kaiming_normal_(self.project.weight, mode="fan_out", nonlinearity="relu")
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        shortcut = self.project(torch.relu(self.norm(x)))
-        return shortcut + self.branch(x), shortcut
-
-
-class Downsample(nn.Module):
-    """A transition without a residual: a convolution that halves height and width between two flows."""
-
-    def __init__(self, in_channels: int, out_channels: int, norm: nn.Module) -> None:
-        super().__init__()
-        self.norm = norm
-        self.conv = nn.Conv2d(in_channels, out_channels, 4, stride=2, padding=1)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        return self.conv(torch.relu(self.norm(x))), None
-
-
-class PooledHead(nn.Module):
-    """norm-ReLU, average over height and width, linear: (batch, channels, height, width) to (batch, classes)."""
-
-    def __init__(self, norm: nn.Module, channels: int, num_classes: int) -> None:
-        super().__init__()
-        self.norm = norm
-        self.linear = nn.Linear(channels, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(torch.relu(self.norm(x)).mean(dim=(2, 3)))
 
 
 def builder(build: Callable[P, Network]) -> Callable[P, Network]:

@@ -63,7 +63,7 @@ def parse(text: str) -> Solver:
     An adaptive name with h (or grid=0/0.5/1) is that pair's scheme with fixed steps.
 
     >>> parse("adams_bashforth:order=3,h=0.25")
-    FixedStep(scheme=AdamsBashforth(order=3), h=0.25, grid=None)
+    FixedStep(scheme=AdamsBashforth(order=3), h=0.25, grid=None, gradient='direct')
 
     Raises:
         ValueError: an unknown name, option or value; the message lists what is valid.

@@ -1,0 +1,71 @@
+"""Published networks, each as field x weights x scheme; one short function a network.
+
+| function               | paper            | field                              | weights         | scheme or solver      |
+| ---------------------- | ---------------- | ---------------------------------- | --------------- | --------------------- |
+| `resnet`               | arXiv 1512.03385 | relu(x + F(x)) - x                 | one set a layer | Euler                 |
+| `imagenet_resnet`      | arXiv 1512.03385 | the same                           | one set a layer | Euler                 |
+| `se_resnet`            | arXiv 1709.01507 | the same, F weighted by channel    | one set a layer | Euler                 |
+| `resnext`              | arXiv 1611.05431 | the same, F in groups              | one set a layer | Euler                 |
+| `polynet`              | arXiv 1611.05725 | relu(x + F x + F F x + ...) - x    | one set a layer | Euler                 |
+| `preresnet`            | arXiv 1603.05027 | F(x), activations first            | one set a layer | Euler                 |
+| `wide_resnet`          | arXiv 1605.07146 | the same, dropout inside           | one set a layer | Euler                 |
+| `lm_resnet`            | arXiv 1710.10121 | F(x), (1 + k) x' = F               | one set a layer | linear two-step       |
+| `lm_resnext`           | arXiv 1710.10121 | the same, F in groups              | one set a layer | linear two-step       |
+| `momentum_resnet`      | arXiv 2102.07870 | the same, k = -gamma fixed         | one set a layer | linear two-step       |
+| `fractal_resnet`       | arXiv 1605.07648 | f1(x) / 2 + f2(x)                  | one set a layer | fractal (Runge-Kutta) |
+| `fractalnet`           | arXiv 1605.07648 | none: its blocks change the size   |                 |                       |
+| `revnet`               | arXiv 1707.04585 | y' = F(z), z' = G(y)               | one set a layer | coupling              |
+| `hamiltonian`   | arXiv 1709.03698 | y' = dH/dz, z' = -dH/dy            | one set a layer | coupling              |
+| `midpoint`      | arXiv 1709.03698 | relu((K - K^T - gamma) x + b)      | one set a layer | two-step midpoint     |
+| `leapfrog`      | arXiv 1709.03698 | x'' = -K^T relu(K x + b)           | one set a layer | leapfrog              |
+| `antisymmetric` | arXiv 1705.03341 | relu((K - K^T - gamma) x + b)      | one set a layer | Euler                 |
+| `continuous_resnet`    | arXiv 2008.02389 | F(x), activations first            | basis functions | RK4                   |
+| `odenet`               | arXiv 1806.07366 | GN-ReLU-conv, with depth           | constant        | dopri5, 1e-3          |
+| `mlp`                  | arXiv 1904.01681 | two linear maps and tanh           | constant        | dopri5, 1e-3          |
+"""
+
+from continuum.models.zoo.continuous import continuous_resnet, mlp, odenet
+from continuum.models.zoo.fractal import fractalnet
+from continuum.models.zoo.post_activation import imagenet_resnet, polynet, resnet, resnext, se_resnet
+from continuum.models.zoo.pre_activation import (
+    fractal_resnet,
+    lm_resnet,
+    lm_resnext,
+    momentum_resnet,
+    preresnet,
+    wide_resnet,
+)
+from continuum.models.zoo.reversible import (
+    antisymmetric,
+    hamiltonian,
+    leapfrog,
+    midpoint,
+    revnet,
+)
+
+BUILDERS = {
+    build.__name__: build
+    for build in (
+        resnet,
+        imagenet_resnet,
+        se_resnet,
+        resnext,
+        polynet,
+        preresnet,
+        wide_resnet,
+        lm_resnet,
+        lm_resnext,
+        momentum_resnet,
+        fractal_resnet,
+        fractalnet,
+        revnet,
+        hamiltonian,
+        midpoint,
+        leapfrog,
+        antisymmetric,
+        continuous_resnet,
+        odenet,
+        mlp,
+    )
+}
+"""The functions above by name, in which files and the command line look them up."""

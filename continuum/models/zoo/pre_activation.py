@@ -1,0 +1,230 @@
+"""Pre-activation networks, x + f(x) with the activations inside f, and their two-step relatives."""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from torch import nn
+
+from continuum.fields import Autonomous, Field, Momentum, PreActivation, PreBottleneck, TwoColumns
+from continuum.fields.branches import conv1x1, conv3x3
+from continuum.flow import Flow
+from continuum.models.network import Network, builder
+from continuum.models.parts import AtRest, PooledHead, Projection, SharedTransition, Transition, blocks_of, staged
+from continuum.solvers import Solver
+
+Block = Literal["basic", "bottleneck"]
+Branch = Callable[[int, int, int], nn.Module]
+"""Makes the branch of a block from its input channels, output channels and stride."""
+
+
+@builder
+def preresnet(
+    depth: int = 20,
+    num_classes: int = 10,
+    width: int = 16,
+    in_channels: int = 3,
+    block: Block = "basic",
+    scale: float = 1.0,
+    solver: Solver | str = "euler",
+) -> Network:
+    """The pre-activation ResNet for CIFAR (arXiv 1603.05027): three stages, `width` channels doubling, to 1001 layers.
+
+    A stage has (depth - 2) / 6 basic blocks, or (depth - 2) / 9 bottlenecks of four times as many channels. Under Euler with
+    h = 1 it is the discrete network. The blocks that change the size are plain residual steps on a projected shortcut. The
+    others may be scaled by a constant, as in Inception-ResNet (arXiv 1602.07261).
+
+    Raises:
+        ValueError: depth is not 6 n + 2, or 9 n + 2 for bottlenecks.
+    """
+    branch, expansion, blocks = _branch(block, depth)
+
+    def layer(channels: int, first: bool) -> Field:
+        field = Autonomous(branch(channels, channels, 1))
+        return field if scale == 1 else field.scaled(scale)
+
+    return _pre_activation(blocks, num_classes, width, in_channels, expansion, branch, layer, solver)
+
+
+@builder
+def lm_resnet(
+    depth: int = 20,
+    num_classes: int = 10,
+    width: int = 16,
+    in_channels: int = 3,
+    block: Block = "basic",
+    solver: Solver | str = "linear_two_step",
+) -> Network:
+    """LM-ResNet (arXiv 1710.10121): `preresnet` with x_{n+1} = (1 - k_n) x_n + k_n x_{n-1} + f_n(x_n), k_n learnt.
+
+    The very first block is a plain residual step and has no k; nor have those that change the size.
+
+    Raises:
+        ValueError: depth is not 6 n + 2, or 9 n + 2 for bottlenecks, with n >= 2: else no block has a k.
+    """
+    branch, expansion, blocks = _branch(block, depth)
+
+    def layer(channels: int, first: bool) -> Field:
+        field = Autonomous(branch(channels, channels, 1))
+        return field if first else Momentum(field)
+
+    return _pre_activation(blocks, num_classes, width, in_channels, expansion, branch, layer, solver)
+
+
+@builder
+def lm_resnext(
+    depth: int = 29,
+    num_classes: int = 10,
+    cardinality: int = 8,
+    group_width: int = 64,
+    width: int = 64,
+    in_channels: int = 3,
+    solver: Solver | str = "linear_two_step",
+) -> Network:
+    """LM-ResNeXt (arXiv 1710.10121): `lm_resnet` with ResNeXt's grouped bottlenecks in pre-activation form.
+
+    Raises:
+        ValueError: depth is not 9 n + 2 with n >= 2.
+    """
+
+    def branch(inputs: int, outputs: int, stride: int) -> nn.Module:
+        inner = cardinality * (outputs // 4 * group_width // 64)
+        return PreBottleneck(inputs, inner, outputs, stride, groups=cardinality)
+
+    def layer(channels: int, first: bool) -> Field:
+        return Momentum(Autonomous(branch(channels, channels, 1)))
+
+    return _pre_activation(blocks_of(depth, 9), num_classes, width, in_channels, 4, branch, layer, solver)
+
+
+@builder
+def momentum_resnet(
+    depth: int = 20,
+    num_classes: int = 10,
+    width: int = 16,
+    in_channels: int = 3,
+    gamma: float = 0.9,
+    solver: Solver | str = "linear_two_step",
+) -> Network:
+    """The momentum ResNet (arXiv 2102.07870): `preresnet` with v+ = gamma v + (1 - gamma) f(x), x+ = x + v+, from rest.
+
+    In its two-step form, x_{n+1} = (1 + gamma) x_n - gamma x_{n-1} + (1 - gamma) f(x_n): LM-ResNet with k = -gamma, not
+    learnt. Every step can be undone, so that `linear_two_step:h=1,gradient=reversible` trains it without stored states.
+
+    Raises:
+        ValueError: depth is not 6 n + 2, or gamma is outside (0, 1).
+    """
+    if not 0 < gamma < 1:
+        raise ValueError(f"gamma lies between 0 and 1, not {gamma}")
+
+    def layer(channels: int, first: bool) -> Field:
+        field = Momentum(Autonomous(PreActivation(channels, channels)).scaled(1 - gamma), k=-gamma)
+        field.k.requires_grad_(False)
+        return field
+
+    network = _pre_activation(blocks_of(depth, 6), num_classes, width, in_channels, 1, PreActivation, layer, solver)
+    stages: list[nn.Module] = []
+    for stage in network.stages:
+        stages += [AtRest(), stage] if isinstance(stage, Flow) else [stage]
+    return Network(network.stem, stages, network.head)
+
+
+@builder
+def wide_resnet(
+    depth: int = 28,
+    widen: int = 10,
+    num_classes: int = 10,
+    dropout: float = 0.0,
+    in_channels: int = 3,
+    solver: Solver | str = "euler",
+) -> Network:
+    """The wide residual network WRN-`depth`-`widen` (arXiv 1605.07146), with `dropout` between the convolutions.
+
+    Three stages of (depth - 4) / 6 pre-activation blocks with 16, 32 and 64 times `widen` channels; the first block of each
+    changes the width, and shares its first BN-ReLU with its shortcut. With dropout, an adaptive solver integrates it in
+    evaluation mode only.
+
+    Raises:
+        ValueError: depth is not 6 n + 4, or dropout is not in [0, 1).
+        TypeError: dropout and an adaptive solver.
+    """
+    blocks, rest = divmod(depth - 4, 6)
+    if rest or blocks < 1:
+        raise ValueError(f"depth is 6 n + 4 (10, 16, 22, 28, 40), not {depth}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout is a rate in [0, 1), not {dropout}")
+
+    def transition(stage: int) -> nn.Module | None:
+        outputs = 16 * widen * 2**stage
+        inputs, stride = (outputs // 2, 2) if stage else (16, 1)
+        if inputs == outputs:
+            return None
+        branch = PreActivation(inputs, outputs, stride, dropout)
+        return SharedTransition(branch, conv1x1(inputs, outputs, stride))
+
+    def layer(stage: int, index: int) -> Field:
+        channels = 16 * widen * 2**stage
+        return Autonomous(PreActivation(channels, channels, dropout=dropout))
+
+    stages = staged([blocks] * 3, transition, layer, solver)
+    return Network(conv3x3(in_channels, 16), stages, PooledHead(nn.BatchNorm2d(64 * widen), 64 * widen, num_classes))
+
+
+@builder
+def fractal_resnet(
+    depth: int = 20, num_classes: int = 10, width: int = 16, in_channels: int = 3, solver: Solver | str = "fractal"
+) -> Network:
+    """`preresnet` with two-column fractal blocks x + f1(x) / 2 + f2(x + f1(x)): Runge-Kutta steps of two stages, each with
+    weights of its own (arXiv 1605.07648, as read in arXiv 1710.10121).
+
+    Raises:
+        ValueError: depth is not 6 n + 2.
+    """
+
+    def layer(channels: int, first: bool) -> Field:
+        return TwoColumns(Autonomous(PreActivation(channels, channels)), Autonomous(PreActivation(channels, channels)))
+
+    return _pre_activation(blocks_of(depth, 6), num_classes, width, in_channels, 1, PreActivation, layer, solver)
+
+
+def _branch(block: Block, depth: int) -> tuple[Branch, int, list[int]]:
+    """The branch of a kind of block, how many times wider its stages are, and the blocks of each stage."""
+    if block not in ("basic", "bottleneck"):
+        raise ValueError(f"block is 'basic' or 'bottleneck', not {block!r}")
+
+    def bottleneck(inputs: int, outputs: int, stride: int) -> nn.Module:
+        return PreBottleneck(inputs, outputs // 4, outputs, stride)
+
+    return (PreActivation, 1, blocks_of(depth, 6)) if block == "basic" else (bottleneck, 4, blocks_of(depth, 9))
+
+
+def _pre_activation(
+    blocks: Sequence[int],
+    num_classes: int,
+    width: int,
+    in_channels: int,
+    expansion: int,
+    branch: Branch,
+    layer: Callable[[int, bool], Field],
+    solver: Solver | str,
+) -> Network:
+    """conv3x3, stages of blocks with expansion x width channels, doubling, BN-ReLU, average, linear.
+
+    A block that changes the size is a plain residual step of `branch`; `layer` makes the field of any other from its channels,
+    and is told whether it is the very first.
+    """
+
+    def transition(stage: int) -> Transition | None:
+        outputs = expansion * width * 2**stage
+        inputs, stride = (outputs // 2, 2) if stage else (width, 1)
+        if inputs == outputs:
+            return None
+        step = branch(inputs, outputs, stride)
+        return Transition(Projection(inputs, outputs, stride), step)
+
+    def field(stage: int, index: int) -> Field:
+        return layer(expansion * width * 2**stage, not stage and not index)
+
+    stages = staged(blocks, transition, field, solver)
+    channels = expansion * width * 2 ** (len(blocks) - 1)
+    head = PooledHead(nn.BatchNorm2d(channels), channels, num_classes)
+    return Network(conv3x3(in_channels, width), stages, head)
