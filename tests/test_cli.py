@@ -12,7 +12,9 @@ import pytest
 import torch
 
 import continuum
-from continuum.cli import CommandLine, Parser, compare_parser, main
+from continuum.cli import CommandLine, main
+from continuum.cli.compare import compare_parser
+from continuum.cli.parser import Parser
 from continuum.training import Classifier, ImageData
 
 

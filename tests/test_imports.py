@@ -30,7 +30,7 @@ DOORS = {
     "torchdiffeq": ("solvers/",),
     "torchsde": ("solvers/",),
     "torchvision": ("convert.py", "training/data.py"),
-    "pytorch_lightning": ("training/", "cli.py"),
+    "pytorch_lightning": ("training/", "cli/"),
     "lightning": (),
     "matplotlib": ("analysis/plots.py",),
 }

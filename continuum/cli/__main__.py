@@ -1,0 +1,5 @@
+"""python -m continuum.cli"""
+
+from continuum.cli import main
+
+main()

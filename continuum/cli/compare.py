@@ -1,0 +1,150 @@
+"""`continuum compare`: one set of weights under many solvers, as a table, files and pictures."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse.typing import PositiveInt
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+import continuum.training
+from continuum.analysis.compare import Row, compare, write_csv, write_json
+from continuum.analysis.plots import draw_comparison, draw_steps
+from continuum.cli.parser import Parser
+from continuum.models.checkpoint import KEY, CheckpointError, read, restore
+from continuum.solvers import parse
+from continuum.training import ImageData
+
+DEFAULT_SOLVERS = (
+    "euler:h=1",
+    "euler:h=0.5",
+    "euler:h=0.25",
+    "midpoint:h=0.5",
+    "rk4:h=1",
+    "rk4:h=0.25",
+    "dopri5:rtol=1e-3,atol=1e-3",
+    "dopri5:rtol=1e-5,atol=1e-5",
+)
+
+
+def compare_parser() -> Parser:
+    parser = Parser(
+        prog="continuum compare",
+        description="Table one set of weights under many solvers: cost, accuracy, and distance from the solver of training.",
+    )
+    parser.add_argument("checkpoint", help="a file of continuum.save, or a checkpoint of `continuum fit`")
+    parser.add_argument(
+        "--solver",
+        action="append",
+        metavar="NAME:KEY=VALUE,...",
+        help="a solver to run, such as rk4:h=0.5 or dopri5:rtol=1e-3,atol=1e-3; may be repeated "
+        f"(default: {', '.join(DEFAULT_SOLVERS)})",
+    )
+    parser.add_subclass_arguments(
+        ImageData, "data", required=False, help="the images to compare on (default: the test set of the training's data)"
+    )
+    parser.add_argument("--images", type=PositiveInt, help="use so many test images, chosen by the data's seed (default: all)")
+    parser.add_argument("--batch_size", type=PositiveInt, help="images a batch; an adaptive solver shares its steps within one")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--out", help="folder for the table and pictures (default: compare/ beside the checkpoint)")
+    return parser
+
+
+def compare_command(arguments: list[str]) -> None:
+    """`continuum compare`: rows are printed as they come, then written as CSV, JSON and pictures."""
+    parser = compare_parser()
+    options = parser.parse_args(arguments)
+    try:
+        solvers = [parse(text) for text in options.solver or DEFAULT_SOLVERS]
+    except ValueError as error:
+        parser.error(str(error))
+    content = read(options.checkpoint)
+    network = restore(content, options.checkpoint)
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no CUDA device here: leave --device out, or give cpu")
+    for solver in solvers:
+        try:
+            network.with_solver(solver)
+        except (TypeError, ValueError) as error:
+            parser.error(f"--solver {solver} does not fit this network: {error}")
+    data = parser.instantiate_classes(options)["data"] or _described_data(content, options.checkpoint)
+    if options.batch_size:
+        data.batch_size = options.batch_size
+    data.prepare_data()
+    data.setup("test")
+    batches = list(data.test_batches(options.images))
+    rows = []
+    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), transient=True) as progress:
+        task = progress.add_task("solvers", total=len(solvers) + 1)
+        for row in compare(network, batches, solvers, device):
+            rows.append(row)
+            progress.advance(task)
+    Console(width=None if sys.stdout.isatty() else 160).print(_table(rows))
+    for row in rows:
+        if row.error:
+            print(f"{row.solver} failed: {row.error}")
+    facts = {
+        "checkpoint": str(options.checkpoint),
+        "data": type(data).__name__,
+        "images": sum(len(labels) for _, labels in batches),
+        "batch_size": data.batch_size,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+    }
+    out = Path(options.out) if options.out else Path(options.checkpoint).parent / "compare"
+    write_csv(rows, out / "compare.csv")
+    write_json(rows, facts, out / "compare.json")
+    draw_comparison(rows, out / "compare.png")
+    steps = draw_steps(rows, out / "steps.png")
+    print(f"table:    {out / 'compare.csv'}, {out / 'compare.json'}")
+    print(f"pictures: {out / 'compare.png'}" + (f", {out / 'steps.png'}" if steps else ""))
+
+
+def _described_data(content: dict[str, Any], path: str) -> ImageData:
+    stated = content[KEY].get("data")
+    if stated is None:
+        raise CheckpointError(f"{path} does not say which data it was trained on: name them, for example --data Digits")
+    try:
+        return getattr(continuum.training, stated["class"])(**stated["arguments"])
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} names data that cannot be built ({error}): give --data") from None
+
+
+def _table(rows: Sequence[Row]) -> Table:
+    table = Table(title="one set of weights, many solvers (the first row is the solver of training)")
+    headings = (
+        "solver",
+        "evaluations",
+        "accepted",
+        "rejected",
+        "accuracy %",
+        "loss",
+        "agreement %",
+        "logit diff.",
+        "ms/image",
+        "MiB",
+    )
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "solver" else "right", no_wrap=heading == "solver")
+    for row in rows:
+        if row.error:
+            table.add_row(row.solver, "failed")
+            continue
+        table.add_row(
+            row.solver,
+            f"{row.evaluations:.1f}",
+            f"{row.accepted:.1f}",
+            f"{row.rejected:.1f}",
+            f"{100 * row.accuracy:.2f}",
+            f"{row.loss:.4f}",
+            f"{100 * row.agreement:.2f}",
+            f"{row.logit_difference:.2e}",
+            f"{row.milliseconds:.3f}",
+            f"{row.memory:.1f}",
+        )
+    return table
