@@ -265,6 +265,15 @@ def test_images_in_memory_and_from_disk_are_the_same(folder: str, workers: int) 
     assert same(list(held.test_dataloader()), list(streamed.test_dataloader()))
 
 
+@pytest.mark.parametrize("limit", [2**31, 0])
+def test_networks_from_elsewhere_get_the_normalisation_that_they_expect(folder: str, limit: int) -> None:
+    data = ready(ImageFolder(folder, memory_limit=limit, normalisation="imagenet"))
+    ((images, labels),) = data.test_batches()
+    pixels = ready(ImageFolder(folder)).test_images.pixels.float() / 255
+    mean, std = (torch.tensor(values)[:, None, None] for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    torch.testing.assert_close(images, (pixels - mean) / std)
+
+
 def test_images_and_labels_are_those_of_the_files(folder: str) -> None:
     data = ready(ImageFolder(folder))
     assert data.test_images.labels.tolist() == [0, 0, 0, 0, 1, 1]
@@ -370,6 +379,8 @@ def test_torchvision_sets_are_channels_first(monkeypatch: pytest.MonkeyPatch, ki
         (lambda: Digits(validation=-0.1), "validation .* not -0.1"),
         (lambda: Digits(crop=-1), "crop .* not -1"),
         (lambda: Digits(train_size=0), "train_size .* not 0"),
+        (lambda: Digits(normalisation="cifar"), "normalisation .* training, imagenet, not 'cifar'"),  # type: ignore[arg-type]
+        (lambda: ready(Digits(normalisation="imagenet")), "three channels, these images have 1"),
         (lambda: ImageFolder("images", size=0), "size .* not 0"),
         (lambda: ImageFolder("images", workers=-1), "workers .* not -1"),
         (lambda: ready(Digits(validation=0.9999)), "leaves none of 1438 images"),

@@ -8,7 +8,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import pytorch_lightning as pl
 import torch
@@ -99,11 +99,14 @@ class BatchLoader(DataLoader[Any]):
         """Tell Lightning that this loader resumes in the middle of an epoch."""
 
 
+Normalisation = Literal["training", "imagenet"]
+
+
 class ImageData(pl.LightningDataModule, ABC):
     """A labelled set of images with a seeded validation split of its training part.
 
     Batches arrive as images, (batch, channels, height, width) in float32, normalised per channel, and labels in int64.
-    After `setup`: `classes`, `num_classes`, `shape` of an image, `mean` and `std` of the training images.
+    After `setup`: `classes`, `num_classes`, `shape` of an image, and the `mean` and `std` of the normalisation.
 
     Args:
         batch_size: images a batch and rank.
@@ -112,6 +115,7 @@ class ImageData(pl.LightningDataModule, ABC):
         flip: mirror half of the training images; None takes what is usual for the set.
         train_size: train on so many images only, chosen by the seed.
         seed: of the split, the order of the batches and the augmentation.
+        normalisation: by the statistics of the "training" images, or of "imagenet", which networks from elsewhere expect.
     """
 
     usual_crop: ClassVar[int] = 0
@@ -125,6 +129,7 @@ class ImageData(pl.LightningDataModule, ABC):
         flip: bool | None = None,
         train_size: int | None = None,
         seed: int = 0,
+        normalisation: Normalisation = "training",
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -135,12 +140,15 @@ class ImageData(pl.LightningDataModule, ABC):
             raise ValueError(f"crop is a number of pixels, not {crop}")
         if train_size is not None and train_size < 1:
             raise ValueError(f"train_size is a positive number of images, not {train_size}")
+        if normalisation not in get_args(Normalisation):
+            raise ValueError(f"normalisation is one of {', '.join(get_args(Normalisation))}, not {normalisation!r}")
         self.batch_size = batch_size
         self.validation = validation
         self.crop = self.usual_crop if crop is None else crop
         self.flip = self.usual_flip if flip is None else flip
         self.train_size = train_size
         self.seed = seed
+        self.normalisation: Normalisation = normalisation
         self.classes: list[str] = []
         self.train_images: LabelledImages | None = None
 
@@ -162,12 +170,14 @@ class ImageData(pl.LightningDataModule, ABC):
             return
         self.test_images = self.load(train=False)
         train = self.load(train=True)
-        if isinstance(train, InMemory):
+        if isinstance(train, InMemory) and self.normalisation == "training":
             self.mean, self.std = train.statistics()
         else:
             self.mean, self.std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
         first = torch.tensor([0])
         self.shape = tuple(train.images(first).shape[1:])
+        if len(self.mean) != self.shape[0]:
+            raise DataError(f"imagenet's statistics are of three channels, these images have {self.shape[0]}: use 'training'")
         if (shape := tuple(self.test_images.images(first).shape[1:])) != self.shape:
             raise DataError(f"training images are {self.shape}, test images {shape} (channels, height, width): give size")
         order = torch.randperm(len(train), generator=keyed_generator(self.seed, "split"))
@@ -244,6 +254,7 @@ class TorchvisionData(ImageData):
         flip: mirror half of the training images; None takes what is usual for the set.
         train_size: train on so many images only, chosen by the seed.
         seed: of the split, the order of the batches and the augmentation.
+        normalisation: by the statistics of the "training" images, or of "imagenet", which networks from elsewhere expect.
 
     Raises:
         FileNotFoundError: the data are not there and cannot be downloaded.
@@ -258,8 +269,9 @@ class TorchvisionData(ImageData):
         flip: bool | None = None,
         train_size: int | None = None,
         seed: int = 0,
+        normalisation: Normalisation = "training",
     ) -> None:
-        super().__init__(batch_size, validation, crop, flip, train_size, seed)
+        super().__init__(batch_size, validation, crop, flip, train_size, seed, normalisation)
         self.root = root
 
     def prepare_data(self) -> None:
@@ -328,6 +340,7 @@ class ImageFolder(ImageData):
         flip: mirror half of the training images; None does.
         train_size: train on so many images only, chosen by the seed.
         seed: of the split, the order of the batches and the augmentation.
+        normalisation: by the statistics of the "training" images, or of "imagenet", which networks from elsewhere expect.
 
     Raises:
         FileNotFoundError: train/ or test/ is missing, or empty.
@@ -349,8 +362,9 @@ class ImageFolder(ImageData):
         flip: bool | None = None,
         train_size: int | None = None,
         seed: int = 0,
+        normalisation: Normalisation = "training",
     ) -> None:
-        super().__init__(batch_size, validation, crop, flip, train_size, seed)
+        super().__init__(batch_size, validation, crop, flip, train_size, seed, normalisation)
         if size is not None and size < 1:
             raise ValueError(f"size is a positive number of pixels, not {size}")
         if workers < 0:
