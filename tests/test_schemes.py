@@ -5,28 +5,38 @@ import math
 import pytest
 import torch
 import torchdiffeq
-from problems import FLOAT64, LOGISTIC, OSCILLATOR, PROBLEMS, SEASONAL, Function, Watched, tanh_layers
+from problems import FLOAT64, LINEAR, LOGISTIC, MATRIX, OSCILLATOR, PROBLEMS, SEASONAL, Function, Watched, tanh_layers
 
 from continuum import (
     RK4,
     AdamsBashforth,
     Autonomous,
+    Coupled,
+    Coupling,
     Euler,
     FixedStep,
     Flow,
+    Fractal,
     Heun,
     Kutta3,
+    Leapfrog,
     LinearTwoStep,
     Midpoint,
     Momentum,
+    NeumannSeries,
     PiecewiseConstant,
+    Scaled,
+    SecondOrder,
+    TwoStepMidpoint,
+    Verlet,
 )
-from continuum.fields import Field
+from continuum.fields import Field, TwoColumns
 from continuum.schemes import Tableau
 from continuum.solvers import Embedded
 from continuum.solvers.adaptive import PAIRS
 
 LOW = [Euler(), Midpoint(), Heun(), Kutta3(), RK4(), *map(AdamsBashforth, (2, 3, 4))]
+LOW += [TwoStepMidpoint(), *map(NeumannSeries, (1, 2, 3))]
 LOW += [Embedded(pair) for pair in PAIRS if Embedded(pair).order < 5]
 HIGH = {"dopri5": (32, 64), "dopri8": (2, 4)}
 
@@ -71,6 +81,110 @@ def test_linear_two_step_with_k_one_is_the_second_order_midpoint_rule():
     """The error term (1 - k) h/2 u'' vanishes for k = 1."""
     field = Momentum(OSCILLATOR.field, 1.0).double()
     assert measured_order(OSCILLATOR, field, LinearTwoStep(), (64, 128), speed=0.5) == pytest.approx(2, abs=0.15)
+
+
+PENDULUM = Coupled(Function(lambda t, v: v), Function(lambda t, q: -torch.sin(q) + 0.3 * math.cos(t)))
+
+
+@pytest.mark.parametrize("scheme", [Coupling(), Leapfrog(), Verlet()], ids=repr)
+def test_order_of_schemes_that_move_one_half_after_the_other(scheme):
+    """On a driven pendulum, so that the depths of the stages count, against a fine solution."""
+    with torch.no_grad():
+        limit = Flow(PENDULUM, "dopri8:rtol=1e-13,atol=1e-13", 2)(OSCILLATOR.start)
+        errors = [Flow(PENDULUM, FixedStep(scheme, h=1 / m), 2)(OSCILLATOR.start) - limit for m in (128, 256)]
+    order = math.log2(float(errors[0].abs().max() / errors[1].abs().max()))
+    assert order == pytest.approx(scheme.order, abs=0.15)
+
+
+def test_verlet_takes_the_same_way_back():
+    """It is symmetric in time: a step of -h undoes a step of h."""
+    flow = Flow(PENDULUM, FixedStep(Verlet(), h=1 / 8), 2)
+    there = flow(OSCILLATOR.start)
+    torch.testing.assert_close(flow.trajectory(there, [2, 0])[-1], OSCILLATOR.start, rtol=1e-13, atol=1e-13)
+
+
+# What the schemes have in common
+
+
+@pytest.mark.parametrize("terms", [1, 2, 3, 4])
+def test_neumann_series_converges_to_backward_euler(terms):
+    """For h f(x) = A x: the partial sums of A^j x, with a local error of O(h^(terms + 1)) against (I - A)^-1 x."""
+    identity = torch.eye(3, dtype=FLOAT64)
+    errors = []
+    for h in (1 / 16, 1 / 32):
+        step, _ = NeumannSeries(terms).step(LINEAR.field, 0.0, LINEAR.start, h, ())
+        powers = [torch.linalg.matrix_power(h * MATRIX, j) for j in range(terms + 1)]
+        torch.testing.assert_close(step, LINEAR.start @ sum(powers).T, rtol=1e-14, atol=1e-15)
+        errors.append(float((step - LINEAR.start @ torch.linalg.inv(identity - h * MATRIX).T).abs().max()))
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(terms + 1, abs=0.15)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS[1:], ids=str)
+def test_a_fractal_block_with_their_coefficients_is_heuns_method_and_the_midpoint_rule(problem):
+    """Heun: f1 = f, f2 = f / 2, k = 1/2. Midpoint: f1 = f / 2, f2 = f, k = 0. For fields that do not depend on depth."""
+    field, x, h = problem.field, problem.start, 0.25
+    if problem is SEASONAL:
+        field = Autonomous(torch.nn.Softplus())
+    heun, _ = Fractal().step(TwoColumns(field, Scaled(field, 0.5), k=0.5), 0.0, x, h, ())
+    midpoint, _ = Fractal().step(TwoColumns(Scaled(field, 0.5), field, k=0.0), 0.0, x, h, ())
+    torch.testing.assert_close(heun, Heun().step(field, 0.0, x, h, ())[0], rtol=1e-15, atol=1e-15)
+    torch.testing.assert_close(midpoint, Midpoint().step(field, 0.0, x, h, ())[0], rtol=1e-15, atol=1e-15)
+
+
+def test_a_fractal_block_is_the_block_of_the_paper():
+    """x+ = k1 x + k2 (k3 x + f1(x)) + f2(k3 x + f1(x)) with k1 = 1 - k, k2 = k, k3 = 1."""
+    f1, f2 = tanh_layers(2).layers
+    x = torch.linspace(-1, 1, 8, dtype=FLOAT64).reshape(2, 4)
+    inner = x + f1(0.0, x)
+    expected = 0.7 * x + 0.3 * inner + f2(0.0, inner)
+    torch.testing.assert_close(Fractal().step(TwoColumns(f1, f2, k=0.3), 0.0, x, 1.0, ())[0], expected)
+
+
+def two_step(flow, x, before):
+    with torch.no_grad():
+        return flow(x, before)
+
+
+def test_midpoint_leapfrog_and_momentum_are_linear_two_steps():
+    layers = tanh_layers(5)
+    x, before = torch.randn(2, 2, 4, dtype=FLOAT64, generator=torch.Generator().manual_seed(0))
+    h, gamma = 0.3, 0.9
+
+    # Two-step midpoint: k = 1 and 2 h F.
+    ours = two_step(Flow(layers.scaled(h), FixedStep(TwoStepMidpoint()), 5), x, before)
+    lm = PiecewiseConstant(Momentum(layer.scaled(2 * h), k=1).double() for layer in layers.layers)
+    torch.testing.assert_close(ours, two_step(Flow(lm, "linear_two_step", 5), x, before))
+
+    # Leapfrog: k = -1 and f = h^2 a, from the velocity x - before; the positions are the first half.
+    motion = PiecewiseConstant(SecondOrder(layer.scaled(h**2)) for layer in layers.layers)
+    ours = two_step(Flow(motion, FixedStep(Leapfrog()), 5), torch.cat([x, x - before], dim=1), None)[:, :4]
+    lm = PiecewiseConstant(Momentum(layer.scaled(h**2), k=0) for layer in layers.layers).double()
+    for layer in lm.layers:
+        layer.k.data.fill_(-1)  # as a coefficient; the constructor refuses it, for (1 + k) x' = f would be no equation of x'
+    torch.testing.assert_close(ours, two_step(Flow(lm, "linear_two_step", 5), x, before))
+
+    # Momentum: k = -gamma and f = (1 - gamma) F is v+ = gamma v + (1 - gamma) F, x+ = x + v+ from v = x - before.
+    lm = PiecewiseConstant(Momentum(layer.scaled(1 - gamma), k=-gamma).double() for layer in layers.layers)
+    for layer in lm.layers:
+        layer.k.data.fill_(-gamma)
+    y, v = x, x - before
+    for layer in layers.layers:
+        v = gamma * v + (1 - gamma) * layer(0.0, y)
+        y = y + v
+    torch.testing.assert_close(two_step(Flow(lm, "linear_two_step", 5), x, before), y)
+
+
+@pytest.mark.parametrize("terms", [0, -1])
+def test_a_series_has_terms(terms):
+    with pytest.raises(ValueError, match="one term or more"):
+        NeumannSeries(terms)
+
+
+def test_fractal_steps_need_two_columns():
+    with pytest.raises(TypeError, match=r"TwoColumns\(f1, f2\), not a Autonomous"):
+        Flow(tanh_layers(2), "fractal", 2)
+    with pytest.raises(TypeError, match="smooth in depth"):
+        TwoColumns(LINEAR.field, tanh_layers(2))
 
 
 def test_every_adaptive_pair_was_measured():
