@@ -52,16 +52,16 @@ class Flow(nn.Module):
             self.solver.steps(0.0, self.depth)
 
     def forward(self, x: State, memory: State | None = None) -> State:
-        """x(depth) from x = x(0); `memory` is the state one layer before x, for schemes that remember one.
-
-        Where the layers are refined, `memory` lies one of the original layers before, and the scheme is given the state one
-        refined layer before, on the straight line between them.
-        """
-        if memory is not None and self.refined > 1:
-            memory = torch.lerp(x, memory, 1 / self.refined)
-        solution = self.solver(self.field, x, (0.0, self.depth), memory)
+        """x(depth) from x = x(0); `memory` is the state one layer before x, for schemes that remember one."""
+        solution = self.solver(self.field, x, (0.0, self.depth), self.one_layer_before(x, memory))
         self.cost = solution.cost
         return solution.states[-1]
+
+    def one_layer_before(self, x: State, memory: State | None) -> State | None:
+        """The previous state that the solver is given: where layers are refined, `memory` lies one original layer before x,
+        and this is the state one refined layer before, on the straight line between them.
+        """
+        return memory if memory is None or self.refined == 1 else torch.lerp(x, memory, 1 / self.refined)
 
     def trajectory(self, x: State, times: Sequence[float] | Tensor) -> Tensor:
         """The states at `times`, stacked on a new first axis; x is the state at times[0].

@@ -268,7 +268,7 @@ def test_images_in_memory_and_from_disk_are_the_same(folder: str, workers: int) 
 @pytest.mark.parametrize("limit", [2**31, 0])
 def test_networks_from_elsewhere_get_the_normalisation_that_they_expect(folder: str, limit: int) -> None:
     data = ready(ImageFolder(folder, memory_limit=limit, normalisation="imagenet"))
-    ((images, labels),) = data.test_batches()
+    ((images, _),) = data.test_batches()
     pixels = ready(ImageFolder(folder)).test_images.pixels.float() / 255
     mean, std = (torch.tensor(values)[:, None, None] for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     torch.testing.assert_close(images, (pixels - mean) / std)

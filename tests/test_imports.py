@@ -19,7 +19,7 @@ RANKS = [
     {"solvers"},
     {"flow"},
     {"models"},
-    {"convert"},
+    {"convert", "export"},
     {"analysis"},
     {"training"},
     {"cli"},

@@ -171,12 +171,8 @@ def test_it_compiles_into_one_graph(name):
     flow = Flow(Expansion(field, named_basis(name, 3, 2.0)), "rk4:h=0.5", 2)
     other, x = copy.deepcopy(flow), torch.randn(2, 2, 4, 4)
     assert torch.equal(torch.compile(flow, fullgraph=True, backend="eager")(x), other(x))
-    assert same_tensors(flow, other)
-
-
-def same_tensors(one, other):
-    first, second = one.state_dict(), other.state_dict()
-    return first.keys() == second.keys() and all(torch.equal(value, second[key]) for key, value in first.items())
+    # A traced graph may round the statistics otherwise (it does so under torch 2.11).
+    torch.testing.assert_close(flow.state_dict(), other.state_dict(), rtol=1e-6, atol=1e-7)
 
 
 def test_copies_and_files(tmp_path):

@@ -10,6 +10,7 @@ from torch import nn
 
 import continuum
 from continuum import FixedStep, Momentum, PostActivation, SqueezeExcite
+from continuum.models.failure import _solve_looking
 from continuum.models.fractal import join
 from continuum.models.zoo import BUILDERS
 
@@ -150,6 +151,14 @@ def test_refined_momentum_converges_to_the_limit_equation():
         errors = [float((network.refine(k)(x) - limit).abs().max()) for k in (16, 32, 64)]
     assert errors[0] / errors[1] == pytest.approx(2, abs=0.3)
     assert errors[1] / errors[2] == pytest.approx(2, abs=0.3)
+
+
+def test_a_replay_of_a_refined_flow_goes_the_same_way():
+    """What looks for the step at which a state stops being finite must not take other steps."""
+    flow = continuum.lm_resnet(14, width=4).refine(2).eval().flows[1]
+    x, previous = torch.randn(2, 2, 8, 4, 4)
+    with torch.no_grad():
+        assert torch.equal(_solve_looking(flow, x, previous, 0), flow(x, previous))
 
 
 # What networks are made of

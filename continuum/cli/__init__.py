@@ -13,7 +13,10 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveCon
 
 import continuum
 from continuum.cli.compare import compare_command, compare_parser
+from continuum.cli.convert import convert_command, convert_parser
+from continuum.cli.models import models_command, models_parser
 from continuum.cli.parser import Parser
+from continuum.cli.verify import verify_command, verify_parser
 from continuum.models.checkpoint import KEY, CheckpointError, read
 from continuum.models.zoo import BUILDERS
 from continuum.solvers import SolveError
@@ -22,6 +25,9 @@ from continuum.training.images import DataError
 
 COMMANDS: dict[str, tuple[Callable[[], Parser], Callable[[list[str]], None]]] = {
     "compare": (compare_parser, compare_command),
+    "convert": (convert_parser, convert_command),
+    "models": (models_parser, models_command),
+    "verify": (verify_parser, verify_command),
 }
 """What runs without Lightning: the parser and the function of each."""
 

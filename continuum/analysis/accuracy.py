@@ -1,0 +1,156 @@
+"""How accurate the schemes are, measured: the order of each, and what undoing the steps of the reversible ones loses."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from continuum.fields import Autonomous, Coupled, Field, Momentum, PreActivation, TwoColumns
+from continuum.flow import Flow
+from continuum.schemes import (
+    RK4,
+    AdamsBashforth,
+    Coupling,
+    Euler,
+    Fractal,
+    Heun,
+    Kutta3,
+    Leapfrog,
+    LinearTwoStep,
+    Midpoint,
+    NeumannSeries,
+    ReversibleScheme,
+    Scheme,
+    TwoStepMidpoint,
+    Verlet,
+)
+from continuum.solvers import FixedStep
+from continuum.types import State, Time
+from continuum.weights import PiecewiseConstant
+
+# Orders
+
+ONE_STEP = (Euler(), Midpoint(), Heun(), Kutta3(), RK4())
+MULTISTEP = (*map(AdamsBashforth, (2, 3, 4)), LinearTwoStep(), TwoStepMidpoint())
+REVERSIBLE = (Coupling(), Leapfrog(), Verlet(), TwoStepMidpoint(), LinearTwoStep())
+SCHEMES: tuple[Scheme, ...] = (*ONE_STEP, *MULTISTEP, NeumannSeries(2), NeumannSeries(3), Fractal(), *REVERSIBLE[:3])
+
+START = torch.tensor([[0.1, 0.3], [0.5, 0.8]], dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order that a scheme declares, and log2 of the ratio of its errors with steps of h and h / 2."""
+
+    scheme: Scheme
+    measured: float
+
+    @property
+    def passed(self) -> bool:
+        return abs(self.measured - self.scheme.order) <= 0.25
+
+
+class Equation(Field):
+    """A field given as a function of (t, x)."""
+
+    def __init__(self, function: Callable[[float, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, t: Time, x: State) -> State:
+        return self.function(float(t), x)
+
+
+SEASONS = Equation(lambda t, x: math.cos(t) * x * (1 - x))
+"""Logistic growth by seasons, x(t) = x0 / (x0 + (1 - x0) exp(-sin t))."""
+
+PENDULUM = Coupled(Equation(lambda t, v: v), Equation(lambda t, q: 0.3 * math.cos(t) - torch.sin(q)))
+"""A driven pendulum, whose solution is the one of an adaptive method of order eight."""
+
+
+@torch.no_grad()
+def scheme_orders() -> Iterator[Order]:
+    """The measured order of every scheme, in float64 on smooth fields with a known solution, between h = 1/128 and 1/256."""
+    season = START / (START + (1 - START) * math.exp(-math.sin(2.0)))
+    swing = Flow(PENDULUM, "dopri8:rtol=1e-13,atol=1e-13", 2)(START)
+    for scheme in SCHEMES:
+        field = _suited(scheme)
+        solution = swing if isinstance(field, Coupled) else season
+        errors = [float((Flow(field, FixedStep(scheme, h=1 / m), 2)(START) - solution).norm()) for m in (128, 256)]
+        yield Order(scheme, math.log2(errors[0] / errors[1]))
+
+
+def _suited(scheme: Scheme) -> Field:
+    """The equation in the form that the scheme can step."""
+    match scheme:
+        case Coupling() | Leapfrog() | Verlet():
+            return PENDULUM
+        case LinearTwoStep():
+            return Momentum(SEASONS.scaled(0.75), k=-0.25).double()
+        case Fractal():  # f = f1 / 2 + f2, but not with the coefficients of a method of order two
+            return TwoColumns(SEASONS.scaled(0.4), SEASONS.scaled(0.8))
+        case _:
+            return SEASONS
+
+
+# Undoing
+
+
+@dataclass(frozen=True)
+class Undone:
+    """The relative error of states that were rebuilt through so many layers, and what it may be."""
+
+    scheme: ReversibleScheme
+    layers: int
+    dtype: torch.dtype
+    error: float
+    bound: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.bound
+
+
+BOUNDS = {torch.float32: (1e-6, 1e-5), torch.float64: (1e-14, 1e-12)}
+"""For one layer, and for a hundred."""
+
+
+@torch.no_grad()
+def undo_errors() -> Iterator[Undone]:
+    """The error of undo(step(x)) for every reversible scheme, and there and back through a hundred layers of a RevNet.
+
+    The fields are pre-activation branches with the statistics of the batch, over the hundred layers scaled by 0.1. The k of
+    `LinearTwoStep` is -0.9, as in a momentum ResNet: it loses eps / |k|.
+    """
+    for dtype, (bound, bound_of_many) in BOUNDS.items():
+        for scheme in REVERSIBLE:
+            yield Undone(scheme, 1, dtype, _there_and_back(scheme, 1, 1.0, dtype), bound)
+        for scheme in (Coupling(), Verlet()):
+            yield Undone(scheme, 100, dtype, _there_and_back(scheme, 100, 0.1, dtype), bound_of_many)
+
+
+def _there_and_back(scheme: ReversibleScheme, layers: int, scale: float, dtype: torch.dtype) -> float:
+    """The largest relative error of the state and memory from which the layers set out."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        field = PiecewiseConstant(_layer(scheme).scaled(scale) for _ in range(layers)).to(dtype)
+        x, previous = torch.randn(2, 4, 8, 6, 6, dtype=dtype)
+    start = (x, *scheme.begin(x, previous, 1.0))
+    x, memory = x, start[1:]
+    for n in range(layers):
+        x, memory = scheme.step(field, float(n), x, 1.0, memory)
+    for n in reversed(range(layers)):
+        x, memory = scheme.undo(field, float(n), x, 1.0, memory)
+    return max(float((one - other).norm() / other.norm()) for one, other in zip((x, *memory), start, strict=True))
+
+
+def _layer(scheme: ReversibleScheme) -> Field:
+    match scheme:
+        case LinearTwoStep():
+            return Momentum(Autonomous(PreActivation(8, 8)), k=-0.9)
+        case TwoStepMidpoint():
+            return Autonomous(PreActivation(8, 8))
+        case _:
+            return Coupled(Autonomous(PreActivation(4, 4)), Autonomous(PreActivation(4, 4)))

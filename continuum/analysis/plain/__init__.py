@@ -1,0 +1,45 @@
+"""The networks of the zoo a second time, as plain loops: what fields, schemes, solvers and flows must agree with to the bit.
+
+A function a network, made of its tensors by name and `torch.nn.functional` alone: it yields (name of a layer, state after it)
+for the stem, each layer and each transition, and the logits as the state after the head.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
+
+from torch import Tensor
+
+from continuum.analysis.plain.continuous import continuous_resnet, mlp, odenet
+from continuum.analysis.plain.fractal import fractalnet
+from continuum.analysis.plain.parts import Arguments, Layer, Weights, bare
+from continuum.analysis.plain.post_activation import imagenet_resnet, polynet, resnet, resnext, se_resnet
+from continuum.analysis.plain.pre_activation import fractal_resnet, lm_resnet, momentum_resnet, preresnet, wide_resnet
+from continuum.analysis.plain.reversible import antisymmetric, hamiltonian, leapfrog, midpoint, revnet
+
+Plain: TypeAlias = Callable[[Weights, Arguments, Tensor], Iterator[Layer]]
+
+PLAIN: dict[str, Plain] = {
+    "resnet": resnet,
+    "imagenet_resnet": imagenet_resnet,
+    "se_resnet": se_resnet,
+    "resnext": resnext,
+    "polynet": polynet,
+    "preresnet": preresnet,
+    "wide_resnet": wide_resnet,
+    "lm_resnet": lm_resnet,
+    "lm_resnext": lm_resnet,
+    "momentum_resnet": momentum_resnet,
+    "fractal_resnet": fractal_resnet,
+    "fractalnet": fractalnet,
+    "revnet": revnet,
+    "hamiltonian": hamiltonian,
+    "midpoint": midpoint,
+    "leapfrog": leapfrog,
+    "antisymmetric": antisymmetric,
+    "continuous_resnet": continuous_resnet,
+    "odenet": odenet,
+    "mlp": mlp,
+}
+"""The plain loop of each builder, by the builder's name."""
+
+__all__ = ["PLAIN", "Layer", "Plain", "Weights", "bare"]

@@ -1,0 +1,112 @@
+"""`continuum models`: every network of the zoo, and the published configurations with their numbers of parameters."""
+
+import inspect
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from continuum.cli.parser import Parser
+from continuum.models import Network, zoo
+from continuum.models.zoo import BUILDERS
+
+ELSEWHERE = {"num_classes", "in_channels", "solver"}
+"""Arguments of almost all builders, not listed with the defaults."""
+
+CIFAR, IMAGENET, MNIST = (10, 100), (1000,), (10,)
+Configuration = tuple[str, str, dict[str, Any], tuple[int, ...]]
+"""A name, the builder and its arguments, and the numbers of classes."""
+
+LARGER = {"widths": (32, 64, 128)}
+BOTTLENECK = {"block": "bottleneck"}
+CONFIGURATIONS: tuple[Configuration, ...] = (
+    *((f"ResNet-{depth}", "resnet", {"depth": depth}, CIFAR) for depth in (20, 32, 44, 56, 110)),
+    *((f"pre-activation ResNet-{depth}", "preresnet", {"depth": depth}, CIFAR) for depth in (20, 110)),
+    *((f"pre-activation ResNet-{depth}", "preresnet", {"depth": depth, **BOTTLENECK}, CIFAR) for depth in (164, 1001)),
+    *(
+        (f"WRN-{depth}-{widen}", "wide_resnet", {"depth": depth, "widen": widen}, CIFAR)
+        for depth, widen in ((16, 8), (28, 10), (40, 4), (22, 8), (40, 10))
+    ),
+    *((f"ResNeXt-29 {groups}x64d", "resnext", {"depth": 29, "cardinality": groups}, CIFAR) for groups in (8, 16)),
+    *((f"LM-ResNet-{depth}", "lm_resnet", {"depth": depth}, CIFAR) for depth in (20, 32, 44, 56, 110)),
+    ("LM-ResNet-164", "lm_resnet", {"depth": 164, **BOTTLENECK}, CIFAR),
+    ("FractalNet", "fractalnet", {"columns": 3}, CIFAR),
+    ("RevNet-38", "revnet", {"depth": 38}, CIFAR),
+    ("RevNet-110", "revnet", {"depth": 110, **LARGER}, CIFAR),
+    ("Hamiltonian-74", "hamiltonian", {"depth": 74}, CIFAR),
+    ("Hamiltonian-218", "hamiltonian", {"depth": 218, **LARGER}, CIFAR),
+    ("MidPoint-26", "midpoint", {"depth": 26}, CIFAR),
+    ("MidPoint-62", "midpoint", {"depth": 62, **LARGER}, CIFAR),
+    ("Leapfrog-26", "leapfrog", {"depth": 26}, CIFAR),
+    *((f"ContinuousNet {size}-{size}-{size}", "continuous_resnet", {"size": size}, CIFAR) for size in (2, 8)),
+    ("ODE-Net", "odenet", {"stages": 1}, MNIST),
+    *((f"ResNet-{depth}", "imagenet_resnet", {"depth": depth}, IMAGENET) for depth in (18, 34, 50, 101, 152)),
+    ("ResNeXt-50 32x4d", "imagenet_resnet", {"depth": 50, "groups": 32, "group_width": 4}, IMAGENET),
+    ("wide ResNet-50-2", "imagenet_resnet", {"depth": 50, "group_width": 128}, IMAGENET),
+)
+"""Networks whose numbers of parameters are published, or follow from the papers."""
+
+
+def models_parser() -> Parser:
+    return Parser(
+        prog="continuum models",
+        description="List the networks of the zoo, and published configurations with their numbers of parameters.",
+    )
+
+
+def models_command(arguments: list[str]) -> None:
+    """`continuum models`: two tables, of the builders and of the configurations."""
+    models_parser().parse_args(arguments)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    headings, *builders = documented()
+    table = _table("the zoo: continuum.NAME(...)", [*headings, "defaults", "parameters"])
+    for name, *words in builders:
+        table.add_row(name, *words, defaults(name), f"{size_of(build(name, {})):,}")
+    console.print(table)
+    classes = (*CIFAR, *IMAGENET)
+    columns = ["network", "built by", *map(str, classes), "statistics"]
+    table = _table("published configurations: parameters by classes, and running statistics of BatchNorm", columns)
+    for name, builder, chosen, numbers in CONFIGURATIONS:
+        networks = {number: build(builder, {**chosen, "num_classes": number}) for number in numbers}
+        call = f"{builder}({', '.join(f'{key}={value!r}' for key, value in chosen.items())})"
+        cells = [f"{size_of(networks[number]):,}" if number in networks else "" for number in classes]
+        table.add_row(name, call, *cells, f"{statistics_of(networks[numbers[0]]):,}")
+    console.print(table)
+
+
+def documented() -> Iterator[list[str]]:
+    """The rows of the table at the top of `continuum.models.zoo`, the headings first."""
+    for line in (zoo.__doc__ or "").splitlines():
+        if line.startswith("| ") and not line.startswith("| -"):
+            yield [cell.strip().strip("`") for cell in line.strip("|").split("|")]
+
+
+def defaults(name: str) -> str:
+    """The defaults of a builder's arguments, without those that stand ELSEWHERE."""
+    parameters = inspect.signature(BUILDERS[name]).parameters.values()
+    return ", ".join(f"{p.name}={p.default}" for p in parameters if p.name not in ELSEWHERE and p.default is not None)
+
+
+def build(name: str, arguments: dict[str, Any]) -> Network:
+    """A network without memory for its weights, to be counted."""
+    with torch.device("meta"):
+        return BUILDERS[name](**arguments)
+
+
+def size_of(network: Network) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def statistics_of(network: Network) -> int:
+    return sum(buffer.numel() for buffer in network.buffers() if buffer.is_floating_point())
+
+
+def _table(title: str, headings: Sequence[str]) -> Table:
+    table = Table(title=title)
+    for heading in headings:
+        number = heading.isdigit() or heading in ("parameters", "statistics")
+        table.add_column(heading, justify="right" if number else "left")
+    return table
