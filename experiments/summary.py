@@ -5,6 +5,7 @@ python experiments/summary.py
 
 import csv
 import json
+import statistics
 from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -95,11 +96,56 @@ def solvers() -> None:
     table(["tolerance", "evaluations, knots known / not", "error, known / not", "smallest ratio of errors"], rows)
 
 
+def reversible() -> None:
+    content = json.loads((RESULTS / "reversible.json").read_text())
+    rows = []
+    for name, memory in content["memory_mib"].items():
+        layers = list(memory["direct"])
+        rows.append([name, *(f"{memory['direct'][n]:.1f} / {memory['reversible'][n]:.2f}" for n in layers)])
+    table(["MiB, stored / rebuilt states", *(f"{n} layers" for n in layers)], rows)
+    rows = [
+        [
+            name,
+            f"{row['scale']:g}",
+            row["dtype"],
+            f"{row['undone']:.1e}",
+            f"{row['gradient']:.1e}",
+            f"{row['stored_gradient_against_float64']:.1e}" if row["dtype"] == "float32" else "-",
+        ]
+        for name, errors in content["errors_over_100_layers"].items()
+        for row in errors
+    ]
+    table(["100 layers", "scale", "precision", "first state rebuilt", "gradient", "stored gradient against float64"], rows)
+
+
+def refinement() -> None:
+    runs = json.loads((RESULTS / "refine.json").read_text())["runs"]
+    rows = []
+    for name in dict.fromkeys(run["schedule"] for run in runs):
+        mine = [run for run in runs if run["schedule"] == name]
+        accuracies = [100 * run["accuracy"] for run in mine]
+        minutes = [sum(run["seconds"]) / 60 for run in mine]
+        rows.append(
+            [
+                name,
+                f"{mine[0]['layers']}",
+                ", ".join(f"{a:.2f}" for a in accuracies),
+                f"{statistics.mean(accuracies):.2f} ± {statistics.stdev(accuracies):.2f}",
+                f"{statistics.mean(run['loss'] for run in mine):.3f}",
+                f"{statistics.mean(minutes):.1f}",
+            ]
+        )
+    headings = ["schedule", "layers at the end", "test accuracy by seed (%)", "mean ± deviation", "test loss", "minutes of CPU"]
+    table(headings, rows)
+
+
 def main() -> None:
     solvers()
     training()
-    for name in NETWORKS:
+    for name in (*NETWORKS, "published_resnet20"):
         comparison(name)
+    refinement()
+    reversible()
 
 
 if __name__ == "__main__":
