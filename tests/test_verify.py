@@ -353,9 +353,9 @@ def test_models_lists_the_zoo_and_the_counts(capsys: pytest.CaptureFixture[str])
     main(["models"])
     out = capsys.readouterr().out
     headings, *rows = documented()
-    assert headings == ["function", "paper", "field", "weights", "scheme or solver"]
+    assert headings == ["function", "arXiv", "field", "weights", "scheme or solver", "noise"]
     assert [row[0] for row in rows] == list(BUILDERS)
-    assert all(f" {row[0]} " in out and row[1].removeprefix("arXiv ") in out for row in rows)
+    assert all(f" {row[0]} " in out and row[1] in out for row in rows)
     for name, count in (*COUNTS.items(), (("pre-activation ResNet-1001", 10), 10_328_122), (("FractalNet", 10), 33_734_922)):
         line = next(line for line in out.splitlines() if line.startswith(f"│ {name[0]} "))
         assert f" {count:,} " in line

@@ -97,7 +97,8 @@ def build(name: str, arguments: dict[str, Any]) -> Network:
 
 
 def size_of(network: Network) -> int:
-    return sum(parameter.numel() for parameter in network.parameters())
+    """The numbers that are trained."""
+    return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
 
 
 def statistics_of(network: Network) -> int:
