@@ -1,6 +1,7 @@
 """What stands around the flows of a network: stems, shortcuts and transitions between sizes, heads."""
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,10 @@ from continuum.fields.branches import conv1x1, conv3x3
 from continuum.flow import Flow
 from continuum.solvers import Solver
 from continuum.weights import PiecewiseConstant
+
+Block = Literal["basic", "bottleneck"]
+Branch = Callable[[int, int, int], nn.Module]
+"""Makes the branch of a block from its input channels, output channels and stride."""
 
 
 def staged(

@@ -1,18 +1,24 @@
 """Post-activation networks, relu(x + F(x)): fields relu(x + F(x)) - x, one set of weights a layer, Euler's steps."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 from torch import nn
 
 from continuum.fields import BasicBranch, Bottleneck, Field, PolyBranch, PostActivation, SqueezeExcite, Sum
 from continuum.models.network import Network, builder
-from continuum.models.parts import ConvStem, PlainHead, Transition, WholeAverage, blocks_of, post_transition, staged
+from continuum.models.parts import (
+    Block,
+    Branch,
+    ConvStem,
+    PlainHead,
+    Transition,
+    WholeAverage,
+    blocks_of,
+    post_transition,
+    staged,
+)
 from continuum.solvers import Solver
-
-Block = Literal["basic", "bottleneck"]
-Branch = Callable[[int, int, int], nn.Module]
-"""Makes the branch of a block from its input channels, output channels and stride."""
 
 
 @builder

@@ -1,7 +1,6 @@
 """Pre-activation networks, x + f(x) with the activations inside f, and their two-step relatives."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 from torch import nn
 
@@ -9,12 +8,18 @@ from continuum.fields import Autonomous, Field, Momentum, PreActivation, PreBott
 from continuum.fields.branches import conv1x1, conv3x3
 from continuum.flow import Flow
 from continuum.models.network import Network, builder
-from continuum.models.parts import AtRest, PooledHead, Projection, SharedTransition, Transition, blocks_of, staged
+from continuum.models.parts import (
+    AtRest,
+    Block,
+    Branch,
+    PooledHead,
+    Projection,
+    SharedTransition,
+    Transition,
+    blocks_of,
+    staged,
+)
 from continuum.solvers import Solver
-
-Block = Literal["basic", "bottleneck"]
-Branch = Callable[[int, int, int], nn.Module]
-"""Makes the branch of a block from its input channels, output channels and stride."""
 
 
 @builder
