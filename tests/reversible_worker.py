@@ -7,26 +7,29 @@ from torch import nn
 
 from continuum import Autonomous, Coupled, Flow, PiecewiseConstant
 
-rank, folder = int(sys.argv[1]), sys.argv[2]
-torch.manual_seed(0)
-
 
 def half() -> Autonomous:
     return Autonomous(nn.Sequential(nn.Linear(3, 3), nn.Tanh()))
 
 
-field = PiecewiseConstant(Coupled(half(), half()).scaled(0.1) for _ in range(5))
-model = nn.Sequential(nn.Linear(4, 6), Flow(field, "coupling:gradient=reversible", 5), nn.Linear(6, 2)).double()
-x = torch.randn(8, 4, dtype=torch.float64)
-if rank == 0:
-    model(x).square().mean().backward()
-    torch.save({name: p.grad for name, p in model.named_parameters()}, f"{folder}/alone.pt")
-    model.zero_grad()
+def main(rank: int, folder: str) -> None:
+    torch.manual_seed(0)
+    field = PiecewiseConstant(Coupled(half(), half()).scaled(0.1) for _ in range(5))
+    model = nn.Sequential(nn.Linear(4, 6), Flow(field, "coupling:gradient=reversible", 5), nn.Linear(6, 2)).double()
+    x = torch.randn(8, 4, dtype=torch.float64)
+    if rank == 0:
+        model(x).square().mean().backward()
+        torch.save({name: p.grad for name, p in model.named_parameters()}, f"{folder}/alone.pt")
+        model.zero_grad()
 
-torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-parallel = nn.parallel.DistributedDataParallel(model)
-for _ in range(2):  # a second step, because DistributedDataParallel rebuilds its buckets after the first
-    model.zero_grad()
-    parallel(x[4 * rank : 4 * rank + 4]).square().mean().backward()
-torch.save({name: p.grad for name, p in model.named_parameters()}, f"{folder}/{rank}.pt")
-torch.distributed.destroy_process_group()
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    parallel = nn.parallel.DistributedDataParallel(model)
+    for _ in range(2):  # a second step, because DistributedDataParallel rebuilds its buckets after the first
+        model.zero_grad()
+        parallel(x[4 * rank : 4 * rank + 4]).square().mean().backward()
+    torch.save({name: p.grad for name, p in model.named_parameters()}, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])
