@@ -269,7 +269,7 @@ WORKER = Path(__file__).parent / "reversible_worker.py"
 
 def test_two_processes_train_as_one(tmp_path):
     """DistributedDataParallel accepts the gradients, which are those of the whole batch (fields without batch statistics)."""
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29531", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen([sys.executable, str(WORKER), str(rank), str(tmp_path)], env=environment) for rank in range(2)
     ]

@@ -44,9 +44,10 @@ CONTINUOUS = ("continuous_resnet", "odenet", "mlp")
 class Certificate:
     """What a network has in common with its plain loop.
 
-    `training`, `evaluation` and `buffers` say whether logits and BatchNorm's buffers are equal to the bit; `gradient` is the
-    largest relative difference in the gradient of a parameter. Where something differs, `place` is the first layer or buffer
-    that does, or the last parameter (gradients come from behind), and `difference` by how much.
+    `parameters` counts the numbers that are trained. `training`, `evaluation` and `buffers` say whether logits and
+    BatchNorm's buffers are equal to the bit; `gradient` is the largest relative difference in the gradient of a parameter.
+    Where something differs, `place` is the first layer or buffer that does, or the last parameter (gradients come from
+    behind), and `difference` by how much.
     """
 
     network: str
@@ -94,7 +95,7 @@ def certify(network: Network, images: Images, labels: Tensor | None = None) -> C
     return Certificate(
         _blueprint(network).builder,
         str(network.solver) if network.flows else "",
-        sum(parameter.numel() for parameter in network.parameters()),
+        sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad),
         training,
         evaluation,
         buffers,
