@@ -53,15 +53,26 @@ class Flow(nn.Module):
 
     def forward(self, x: State, memory: State | None = None) -> State:
         """x(depth) from x = x(0); `memory` is the state one layer before x, for schemes that remember one."""
-        solution = self.solver(self.field, x, (0.0, self.depth), self.one_layer_before(x, memory))
+        solution = self.solver(self.field, x, (0.0, self.depth), self._one_layer_before(x, memory))
         self.cost = solution.cost
         return solution.states[-1]
 
-    def one_layer_before(self, x: State, memory: State | None) -> State | None:
+    def _one_layer_before(self, x: State, memory: State | None) -> State | None:
         """The previous state that the solver is given: where layers are refined, `memory` lies one original layer before x,
         and this is the state one refined layer before, on the straight line between them.
         """
         return memory if memory is None or self.refined == 1 else torch.lerp(x, memory, 1 / self.refined)
+
+    def states(self, x: State, memory: State | None = None) -> list[State]:
+        """What `forward` passes through: x, and the state after each step.
+
+        Raises:
+            TypeError: the solver does not have fixed steps.
+        """
+        if not isinstance(self.solver, FixedStep):
+            raise TypeError(f"only fixed steps are known beforehand; this flow is solved by {self.solver}")
+        times = [*(t for t, _ in self.solver.steps(0.0, self.depth)), self.depth]
+        return self.solver(self.field, x, times, self._one_layer_before(x, memory)).states
 
     def trajectory(self, x: State, times: Sequence[float] | Tensor) -> Tensor:
         """The states at `times`, stacked on a new first axis; x is the state at times[0].

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from continuum.bases import Basis, Box, Terms, projection
 from continuum.fields import Field, Scaled
+from continuum.fields.base import check_part
 from continuum.types import State, Time
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -135,10 +136,7 @@ class Expansion(Field):
 def _check_one_kind(fields: Sequence[Field]) -> None:
     """Raise TypeError or ValueError if these fields could not be one with other weights."""
     for index, field in enumerate(fields):
-        if not isinstance(field, Field):
-            raise TypeError(f"an Expansion is made of Fields, not of a {type(field).__name__}: wrap it as Autonomous(module)")
-        if field.knots:
-            raise TypeError(f"the field jumps at {field.knots}: an Expansion is made of fields that are smooth in depth")
+        check_part(field, "an Expansion")
         shapes, first = ({name: tuple(p.shape) for name, p in f.named_parameters()} for f in (field, fields[0]))
         for name in [*first, *shapes]:
             if shapes.get(name) != first.get(name):

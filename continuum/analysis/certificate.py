@@ -161,9 +161,7 @@ def _states(network: Network, images: Images) -> Iterator[State]:
     yield x
     for stage in network.stages:
         if isinstance(stage, Flow):
-            assert isinstance(stage.solver, FixedStep)
-            times = [*(t for t, _ in stage.solver.steps(0.0, stage.depth)), stage.depth]
-            _, *states = stage.solver(stage.field, x, times, stage.one_layer_before(x, previous)).states
+            _, *states = stage.states(x, previous)
             x, previous = states[-1], None
         elif isinstance(stage, FractalStages):
             states: list[State] = []

@@ -118,6 +118,14 @@ class Momentum(Field):
         return field
 
 
+def check_part(part: Field, whole: str) -> None:
+    """Raise TypeError if `part` cannot be a part of the field `whole`: it must be a field, and smooth in depth."""
+    if not isinstance(part, Field):
+        raise TypeError(f"{whole} is made of Fields, not of a {type(part).__name__}: wrap a module as Autonomous(module)")
+    if part.knots:
+        raise TypeError(f"{whole} is made of fields that are smooth in depth; this {type(part).__name__} jumps at {part.knots}")
+
+
 def checked(slope: State, x: State) -> State:
     """`slope`, if it has the shape of the state; otherwise adding it would broadcast silently.
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, conv_transpose2d
 
-from continuum.fields.base import Autonomous, Field, Scaled
+from continuum.fields.base import Autonomous, Field, Scaled, check_part
 from continuum.types import State, Time
 
 
@@ -26,10 +26,7 @@ class Coupled(Field):
     def __init__(self, first: Field, second: Field) -> None:
         super().__init__()
         for half in (first, second):
-            if not isinstance(half, Field):
-                raise TypeError(f"Coupled needs two Fields, not a {type(half).__name__}: wrap a module as Autonomous(module)")
-            if half.knots:
-                raise TypeError(f"a half of Coupled jumps at {half.knots}: couple layers, and put them in PiecewiseConstant")
+            check_part(half, "Coupled")
         self.first = first
         self.second = second
 

@@ -1,6 +1,6 @@
 """The two-column fractal block as a field, f = k f1 + f2: its columns see different states only within a step."""
 
-from continuum.fields.base import Field
+from continuum.fields.base import Field, check_part
 from continuum.types import State, Time
 
 
@@ -18,8 +18,7 @@ class TwoColumns(Field):
     def __init__(self, first: Field, second: Field, k: float = 0.5) -> None:
         super().__init__()
         for column in (first, second):
-            if not isinstance(column, Field) or column.knots:
-                raise TypeError(f"TwoColumns needs two Fields that are smooth in depth, not {type(column).__name__}")
+            check_part(column, "TwoColumns")
         self.first = first
         self.second = second
         self.k = float(k)

@@ -43,8 +43,7 @@ def _solve_looking(flow: Flow, x: State, previous: State | None, index: int) -> 
     if not isinstance(flow.solver, FixedStep):
         return solve_named(flow, x, index)
     steps = flow.solver.steps(0.0, flow.depth)
-    times = [*(t for t, _ in steps), flow.depth]
-    states = flow.solver(flow.field, x, times, flow.one_layer_before(x, previous)).states
+    states = flow.states(x, previous)
     for count, state in enumerate(states[1:], 1):
         if rows := rows_not_finite(state):
             t, h = steps[count - 1]

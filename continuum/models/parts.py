@@ -19,22 +19,37 @@ Branch = Callable[[int, int, int], nn.Module]
 
 
 def staged(
+    inputs: int,
+    channels: Sequence[int],
     blocks: Sequence[int],
-    transition: Callable[[int], nn.Module | None],
-    layer: Callable[[int, int], Field],
+    transition: Callable[[int, int, int], nn.Module],
+    layer: Callable[[int, int, int], Field],
     solver: Solver | str,
 ) -> list[nn.Module]:
-    """Stages of so many `blocks`: a transition(stage), where there is one, is the first block; the others are one flow.
+    """Stages of so many `channels` and `blocks` behind a stem of `inputs` channels.
 
-    `layer(stage, index)` is the field of a block; a stage whose only block is the transition has no flow.
+    The first block of every stage changes the size and is transition(stage, channels before, channels), but in the first
+    stage only where the channels differ from the stem's. The other blocks are one flow, layer(stage, channels, index of the
+    block); a stage whose only block is the transition has none.
     """
     modules: list[nn.Module] = []
-    for stage, count in enumerate(blocks):
-        first = transition(stage)
-        layers = [layer(stage, index) for index in range(int(first is not None), count)]
-        modules += [first] if first is not None else []
+    for stage, (outputs, count) in enumerate(zip(channels, blocks, strict=True)):
+        changes = stage > 0 or inputs != outputs
+        modules += [transition(stage, inputs, outputs)] if changes else []
+        layers = [layer(stage, outputs, index) for index in range(int(changes), count)]
         modules += [Flow(PiecewiseConstant(layers), solver, depth=len(layers))] if layers else []
+        inputs = outputs
     return modules
+
+
+def doubling(channels: int, stages: int) -> list[int]:
+    """The channels of so many stages, each with twice those of the one before."""
+    return [channels * 2**stage for stage in range(stages)]
+
+
+def grouped(outputs: int, groups: int, group_width: int) -> int:
+    """The channels inside a ResNeXt bottleneck: groups x group_width where it has 64 outside / 4, and in proportion."""
+    return groups * (outputs // 4 * group_width // 64)
 
 
 def blocks_of(depth: int, layers: int) -> list[int]:

@@ -15,6 +15,8 @@ from continuum.models.parts import (
     Transition,
     WholeAverage,
     blocks_of,
+    doubling,
+    grouped,
     post_transition,
     staged,
 )
@@ -82,8 +84,7 @@ def resnext(
     """
 
     def branch(inputs: int, outputs: int, stride: int) -> nn.Module:
-        inner = cardinality * (outputs // 4 * group_width // 64)
-        return Bottleneck(inputs, inner, outputs, stride, groups=cardinality)
+        return Bottleneck(inputs, grouped(outputs, cardinality, group_width), outputs, stride, groups=cardinality)
 
     blocks = blocks_of(depth, 9)
     return _post_activation(blocks, num_classes, width, in_channels, "B", branch, solver, expansion=4)
@@ -101,20 +102,16 @@ def _post_activation(
 ) -> Network:
     """conv-BN-ReLU, stages of relu(x + F(x)) with expansion x width channels, doubling, average, linear."""
 
-    def transition(stage: int) -> Transition | None:
-        outputs = expansion * width * 2**stage
-        inputs, stride = (outputs // 2, 2) if stage else (width, 1)
-        if inputs == outputs:
-            return None
+    def transition(stage: int, inputs: int, outputs: int) -> Transition:
+        stride = 2 if stage else 1
         return post_transition(inputs, branch(inputs, outputs, stride), outputs, stride, shortcut)
 
-    def layer(stage: int, index: int) -> Field:
-        channels = expansion * width * 2**stage
+    def layer(stage: int, channels: int, index: int) -> Field:
         return PostActivation(branch(channels, channels, 1))
 
-    stages = staged(blocks, transition, layer, solver)
-    channels = expansion * width * 2 ** (len(blocks) - 1)
-    return Network(ConvStem(in_channels, width, pool=False), stages, PlainHead(WholeAverage(), channels, num_classes))
+    channels = doubling(expansion * width, len(blocks))
+    stages = staged(width, channels, blocks, transition, layer, solver)
+    return Network(ConvStem(in_channels, width, pool=False), stages, PlainHead(WholeAverage(), channels[-1], num_classes))
 
 
 IMAGENET: dict[int, tuple[Block, tuple[int, ...]]] = {
@@ -166,24 +163,20 @@ def imagenet_resnet(
     def branch(inputs: int, outputs: int, stride: int, dilation: int) -> nn.Module:
         if kind == "basic":
             return BasicBranch(inputs, outputs, stride)
-        inner = outputs // 4 * group_width // 64 * groups
-        return Bottleneck(inputs, inner, outputs, stride, groups, dilation)
+        return Bottleneck(inputs, grouped(outputs, groups, group_width), outputs, stride, groups, dilation)
 
-    def transition(stage: int) -> Transition | None:
-        outputs = expansion * 64 * 2**stage
-        inputs, stride = (outputs // 2, 1 if dilated[stage - 1] else 2) if stage else (64, 1)
-        if inputs == outputs:
-            return None
+    def transition(stage: int, inputs: int, outputs: int) -> Transition:
+        stride = 2 if stage and not dilated[stage - 1] else 1
         # The first block of a dilated stage still has the dilation of the stage before.
         first = branch(inputs, outputs, stride, dilations[max(stage - 1, 0)])
         return post_transition(inputs, first, outputs, stride, "B")
 
-    def layer(stage: int, index: int) -> Field:
-        channels = expansion * 64 * 2**stage
+    def layer(stage: int, channels: int, index: int) -> Field:
         return PostActivation(branch(channels, channels, 1, dilations[stage]))
 
-    stages = staged(sizes, transition, layer, solver)
-    head = PlainHead(nn.AdaptiveAvgPool2d(1), expansion * 512, num_classes)
+    channels = doubling(expansion * 64, 4)
+    stages = staged(64, channels, sizes, transition, layer, solver)
+    head = PlainHead(nn.AdaptiveAvgPool2d(1), channels[-1], num_classes)
     return Network(ConvStem(in_channels, 64, pool=stem == "imagenet"), stages, head)
 
 
@@ -215,14 +208,11 @@ def polynet(
             f"each of the {len(blocks)} stages has a list of modules out of {', '.join(sorted(known))}; got {modules}"
         )
 
-    def transition(stage: int) -> Transition | None:
-        channels = width * 2**stage
-        if not stage:
-            return None
-        return post_transition(channels // 2, BasicBranch(channels // 2, channels, 2), channels, 2, "B")
+    def transition(stage: int, inputs: int, outputs: int) -> Transition:
+        return post_transition(inputs, BasicBranch(inputs, outputs, 2), outputs, 2, "B")
 
-    def layer(stage: int, index: int) -> Field:
-        channels, names = width * 2**stage, modules[stage]
+    def layer(stage: int, channels: int, index: int) -> Field:
+        names = modules[stage]
         name = names[(index - min(stage, 1)) % len(names)]
         if name == "2-way":
             return PostActivation(Sum(PolyBranch(channels, 1, shared=False), PolyBranch(channels, 1, shared=False)))
@@ -230,6 +220,6 @@ def polynet(
 
     # A transition is one block more, as the published reductions are.
     sizes = [count + min(stage, 1) for stage, count in enumerate(blocks)]
-    stages = staged(sizes, transition, layer, solver)
-    channels = width * 2 ** (len(blocks) - 1)
-    return Network(ConvStem(in_channels, width, pool=False), stages, PlainHead(WholeAverage(), channels, num_classes))
+    channels = doubling(width, len(blocks))
+    stages = staged(width, channels, sizes, transition, layer, solver)
+    return Network(ConvStem(in_channels, width, pool=False), stages, PlainHead(WholeAverage(), channels[-1], num_classes))

@@ -17,6 +17,8 @@ from continuum.models.parts import (
     SharedTransition,
     Transition,
     blocks_of,
+    doubling,
+    grouped,
     staged,
 )
 from continuum.solvers import Solver
@@ -92,8 +94,7 @@ def lm_resnext(
     """
 
     def branch(inputs: int, outputs: int, stride: int) -> nn.Module:
-        inner = cardinality * (outputs // 4 * group_width // 64)
-        return PreBottleneck(inputs, inner, outputs, stride, groups=cardinality)
+        return PreBottleneck(inputs, grouped(outputs, cardinality, group_width), outputs, stride, groups=cardinality)
 
     def layer(channels: int, first: bool) -> Field:
         return Momentum(Autonomous(branch(channels, channels, 1)))
@@ -158,19 +159,15 @@ def wide_resnet(
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is a rate in [0, 1), not {dropout}")
 
-    def transition(stage: int) -> nn.Module | None:
-        outputs = 16 * widen * 2**stage
-        inputs, stride = (outputs // 2, 2) if stage else (16, 1)
-        if inputs == outputs:
-            return None
+    def transition(stage: int, inputs: int, outputs: int) -> SharedTransition:
+        stride = 2 if stage else 1
         branch = PreActivation(inputs, outputs, stride, dropout)
         return SharedTransition(branch, conv1x1(inputs, outputs, stride))
 
-    def layer(stage: int, index: int) -> Field:
-        channels = 16 * widen * 2**stage
+    def layer(stage: int, channels: int, index: int) -> Field:
         return Autonomous(PreActivation(channels, channels, dropout=dropout))
 
-    stages = staged([blocks] * 3, transition, layer, solver)
+    stages = staged(16, doubling(16 * widen, 3), [blocks] * 3, transition, layer, solver)
     return Network(conv3x3(in_channels, 16), stages, PooledHead(nn.BatchNorm2d(64 * widen), 64 * widen, num_classes))
 
 
@@ -218,18 +215,15 @@ def _pre_activation(
     and is told whether it is the very first.
     """
 
-    def transition(stage: int) -> Transition | None:
-        outputs = expansion * width * 2**stage
-        inputs, stride = (outputs // 2, 2) if stage else (width, 1)
-        if inputs == outputs:
-            return None
+    def transition(stage: int, inputs: int, outputs: int) -> Transition:
+        stride = 2 if stage else 1
         step = branch(inputs, outputs, stride)
         return Transition(Projection(inputs, outputs, stride), step)
 
-    def field(stage: int, index: int) -> Field:
-        return layer(expansion * width * 2**stage, not stage and not index)
+    def field(stage: int, channels: int, index: int) -> Field:
+        return layer(channels, not stage and not index)
 
-    stages = staged(blocks, transition, field, solver)
-    channels = expansion * width * 2 ** (len(blocks) - 1)
-    head = PooledHead(nn.BatchNorm2d(channels), channels, num_classes)
+    channels = doubling(expansion * width, len(blocks))
+    stages = staged(width, channels, blocks, transition, field, solver)
+    head = PooledHead(nn.BatchNorm2d(channels[-1]), channels[-1], num_classes)
     return Network(conv3x3(in_channels, width), stages, head)

@@ -59,17 +59,14 @@ def revnet(
     blocks = _per_stage(depth, 12)
     halves = [half_of(channels) for channels in _three(widths)]
 
-    def transition(stage: int) -> nn.Module | None:
-        if not stage:
-            return None
-        before, after = halves[stage - 1], halves[stage]
+    def transition(stage: int, before: int, after: int) -> CoupledTransition:
         return CoupledTransition(PoolPad(before, after), PreActivation(before, after, 2), PreActivation(after, after))
 
-    def layer(stage: int, index: int) -> Field:
-        pair = Coupled(*(Autonomous(PreActivation(halves[stage], halves[stage])) for _ in range(2)))
+    def layer(stage: int, half: int, index: int) -> Field:
+        pair = Coupled(Autonomous(PreActivation(half, half)), Autonomous(PreActivation(half, half)))
         return pair if scale == 1 else pair.scaled(scale)
 
-    stages = staged([blocks] * 3, transition, layer, solver)
+    stages = staged(halves[0], halves, [blocks] * 3, transition, layer, solver)
     return Network(conv3x3(in_channels, widths[0]), stages, _head(widths[-1], num_classes))
 
 
