@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from continuum.fields import Field
+from continuum.noise.base import drift
 from continuum.solvers import Adaptive, Cost, Embedded, FixedStep, Solver, parse
 from continuum.types import State
 from continuum.weights import PiecewiseConstant
@@ -95,6 +96,27 @@ class Flow(nn.Module):
         flow = Flow(self.field, solver, self.depth)
         flow.refined = self.refined
         flow.training = self.training  # not train(), which would set the shared field's modes too
+        return flow
+
+    def drift(self) -> "Flow":
+        """The flow of the drift, the field without its noise: deterministic, with the same weights, and open to every solver.
+
+        A stochastic solver becomes the deterministic one it is without noise; any other flow keeps its own.
+
+        >>> from continuum.fields import MLP
+        >>> from continuum.noise import StochasticDepth
+        >>> str(Flow(StochasticDepth(MLP(2, hidden=16), 0.5), "euler_maruyama:h=0.5", depth=1).drift().solver)
+        'euler:h=0.5'
+        """
+        field = self.field
+        if isinstance(field, PiecewiseConstant):
+            layers = [drift(cast(Field, layer)) for layer in field.layers]
+            field = PiecewiseConstant(layers)
+            field.training = field.layers.training = self.field.training
+        else:
+            field = drift(field)
+        flow = Flow(field, self.solver.without_noise(), self.depth)
+        flow.refined, flow.training = self.refined, self.training
         return flow
 
     @torch.no_grad()

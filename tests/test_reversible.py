@@ -79,7 +79,7 @@ def error(found, expected):
 def test_a_step_is_undone(scheme, h, dtype, bound):
     field, t = layers(scheme, 3, 1.0, dtype), 1.0
     x = states(dtype)
-    memory = scheme.begin(x, states(dtype, seed=2), h)
+    memory = scheme.begin(field, x, states(dtype, seed=2), [(t, h)])
     with torch.no_grad():
         after = scheme.step(field, t, x, h, memory)
         before, memory_before = scheme.undo(field, t, *after[:1], h, after[1])

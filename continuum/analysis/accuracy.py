@@ -137,7 +137,7 @@ def _there_and_back(scheme: ReversibleScheme, layers: int, scale: float, dtype: 
         torch.manual_seed(0)
         field = PiecewiseConstant(_layer(scheme).scaled(scale) for _ in range(layers)).to(dtype)
         x, previous = torch.randn(2, 4, 8, 6, 6, dtype=dtype)
-    start = (x, *scheme.begin(x, previous, 1.0))
+    start = (x, *scheme.begin(field, x, previous, [(0.0, 1.0)]))
     x, memory = x, start[1:]
     for n in range(layers):
         x, memory = scheme.step(field, float(n), x, 1.0, memory)

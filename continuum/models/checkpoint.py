@@ -154,6 +154,10 @@ def replay(network: Network, changes: Iterable[Sequence[object]]) -> Network:
                 network = network.refine(k)
             case ["project", str(name), int(size)]:
                 network = network.project(name, size)
+            case ["drift"]:
+                network = network.drift()
             case _:
-                raise ValueError(f"{change!r} is no change of a network: there are [refine, k] and [project, basis, size]")
+                raise ValueError(
+                    f"{change!r} is no change of a network; there are [refine, k], [project, basis, size], [drift]"
+                )
     return network

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from continuum.bases import named_basis
 from continuum.flow import Flow
+from continuum.models.parts import NoisyTransition
+from continuum.noise.base import noise_only, stochastic_fields
 from continuum.solvers import Adaptive, SolveError, Solver
 from continuum.solvers.base import restored_on_error
 from continuum.types import Images, Logits, State
@@ -122,6 +124,52 @@ class Network(nn.Module):
             network.blueprint = replace(self.blueprint, changes=(*self.blueprint.changes, change))
         return network
 
+    def drift(self) -> "Network":
+        """The deterministic network with the same weights: every flow and transition without its noise, as in evaluation mode.
+
+        Its flows are open to every solver. In training mode too it draws nothing.
+
+        Raises:
+            TypeError: this network has no noise.
+        """
+        self._check_noise()
+        network = Network(self.stem, [_without_noise(stage) for stage in self.stages], self.head)
+        if self.blueprint is not None:
+            network.blueprint = replace(self.blueprint, changes=(*self.blueprint.changes, ("drift",)))
+        network.training = network.stages.training = self.training
+        return network
+
+    @torch.no_grad()
+    def sample(self, x: Images, n: int) -> Tensor:
+        """n sampled predictions, logits of shape (n, batch, classes): the noise acts, everything else is as in evaluation mode.
+
+        The spread of their probabilities over n says how sure the network is. Drawn from torch's global generator.
+
+        Raises:
+            TypeError: this network has no noise.
+            ValueError: n is not positive.
+        """
+        self._check_noise()
+        if n < 1:
+            raise ValueError(f"n is the number of samples, at least 1, not {n}")
+        modes = [(module, module.training) for module in self.modules()]
+        try:
+            self.eval()
+            with noise_only(self):
+                return torch.stack([self(x) for _ in range(n)])
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether a field of this network has noise."""
+        return any(True for _ in stochastic_fields(self))
+
+    def _check_noise(self) -> None:
+        if not self.stochastic:
+            raise TypeError("this network has no noise: no field in it is a StochasticField")
+
     @torch.no_grad()
     def frozen(self, images: Images) -> "Network":
         """The network with the same weights, whose flows repeat the steps that their adaptive solvers accept on `images`.
@@ -158,6 +206,10 @@ class Network(nn.Module):
                 else:
                     x, previous = stage(x, previous), None
             return self.head(x)
+
+
+def _without_noise(stage: nn.Module) -> nn.Module:
+    return stage.drift() if isinstance(stage, Flow | NoisyTransition) else stage
 
 
 def transit(stage: nn.Module, x: State) -> tuple[State, State | None]:

@@ -10,6 +10,7 @@ from torch.nn.functional import avg_pool2d, pad
 from continuum.fields import Field, PreActivation
 from continuum.fields.branches import conv1x1, conv3x3
 from continuum.flow import Flow
+from continuum.noise import Drift, StochasticField
 from continuum.solvers import Solver
 from continuum.weights import PiecewiseConstant
 
@@ -186,6 +187,35 @@ class SharedTransition(nn.Module):
         x = torch.relu(self.branch.norm1(x))
         shortcut = self.shortcut(x)
         return shortcut + self.branch.activated(x), shortcut
+
+
+class NoisyTransition(nn.Module):
+    """A residual step that changes size with a branch of random coefficient, activation(P(x) + c F(x)); c = E c in evaluation.
+
+    The coefficient is drawn from the noise's own law under every solver: a change of size is no step of an equation. Returns
+    it with P(x), as `Transition` does.
+    """
+
+    def __init__(self, shortcut: nn.Module, branch: StochasticField | Drift, activation: nn.Module | None = None) -> None:
+        super().__init__()
+        self.shortcut = shortcut
+        self.branch = branch
+        self.activation = nn.Identity() if activation is None else activation
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        shortcut, branch = self.shortcut(x), self.branch
+        if isinstance(branch, StochasticField) and branch.training:
+            moved = branch.move(0.0, x, branch.own(0.0, x, 1.0))
+        else:
+            moved = branch(0.0, x)
+        return self.activation(shortcut if moved is None else shortcut + moved), shortcut
+
+    def drift(self) -> "NoisyTransition":
+        """The transition without noise, with the same weights."""
+        branch = Drift(self.branch) if isinstance(self.branch, StochasticField) else self.branch
+        transition = NoisyTransition(self.shortcut, branch, self.activation)
+        transition.training = self.training
+        return transition
 
 
 class AtRest(nn.Module):

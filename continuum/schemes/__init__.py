@@ -1,16 +1,18 @@
-"""One step: Runge-Kutta, linear multistep, truncated implicit and reversible schemes."""
+"""One step: Runge-Kutta, linear multistep, truncated implicit, reversible and stochastic schemes."""
 
 from continuum.schemes.base import Memory, ReversibleScheme, Scheme
 from continuum.schemes.implicit import NeumannSeries
 from continuum.schemes.multistep import AdamsBashforth, LinearTwoStep, TwoStepMidpoint
 from continuum.schemes.reversible import Coupling, Leapfrog, Verlet
 from continuum.schemes.runge_kutta import RK4, Euler, Fractal, Heun, Kutta3, Midpoint, RungeKutta, Tableau
+from continuum.schemes.stochastic import EulerMaruyama, Milstein, StochasticScheme, StochasticTwoStep
 
 __all__ = [
     "RK4",
     "AdamsBashforth",
     "Coupling",
     "Euler",
+    "EulerMaruyama",
     "Fractal",
     "Heun",
     "Kutta3",
@@ -18,10 +20,13 @@ __all__ = [
     "LinearTwoStep",
     "Memory",
     "Midpoint",
+    "Milstein",
     "NeumannSeries",
     "ReversibleScheme",
     "RungeKutta",
     "Scheme",
+    "StochasticScheme",
+    "StochasticTwoStep",
     "Tableau",
     "TwoStepMidpoint",
     "Verlet",

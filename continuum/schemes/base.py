@@ -5,7 +5,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ from continuum.fields.base import checked
 from continuum.types import State
 from continuum.weights import PiecewiseConstant
 
-Memory: TypeAlias = tuple[State, ...]
-"""What a step hands to the next one; () where there is nothing to remember."""
+Memory: TypeAlias = tuple[Any, ...]
+"""What a step hands to the next one: states, and draws yet to be used; () where there is nothing to remember."""
 
 
 class Scheme(ABC):
@@ -39,9 +39,13 @@ class Scheme(ABC):
     def check(self, field: Field) -> None:
         """Raise TypeError if this scheme cannot step `field`, with what it needs."""
 
-    def begin(self, x: State, previous: State | None, h: float) -> Memory:
-        """The memory of the first step: `previous` is the state one layer before x, where the network has one."""
+    def begin(self, field: Field, x: State, previous: State | None, steps: Sequence[tuple[float, float]]) -> Memory:
+        """The memory of the first of `steps` (t, h): `previous` is the state one layer before x, where the network has one."""
         return ()
+
+    def without_noise(self) -> "Scheme":
+        """The scheme that this one is where the field has no noise."""
+        return self
 
     @abstractmethod
     def step(self, field: Field, t: float, x: State, h: float, memory: Memory) -> tuple[State, Memory]:

@@ -86,8 +86,8 @@ class LinearTwoStep(ReversibleScheme):
                     "cannot undo it. Wrap it in Momentum, or take gradient='direct'"
                 )
 
-    def begin(self, x: State, previous: State | None, h: float) -> Memory:
-        return _previous(x, previous, h)
+    def begin(self, field: Field, x: State, previous: State | None, steps: Sequence[tuple[float, float]]) -> Memory:
+        return _previous(x, previous, steps[0][1])
 
     def coefficients(self, field: Field, t: float) -> tuple[Tensor, ...]:
         layer = layer_at(field, t)
@@ -134,8 +134,8 @@ class TwoStepMidpoint(ReversibleScheme):
         if any(isinstance(layer, Momentum) for layer in layers_of(field)):
             raise TypeError("TwoStepMidpoint has its own k = 1: give it the fields without Momentum, or use LinearTwoStep()")
 
-    def begin(self, x: State, previous: State | None, h: float) -> Memory:
-        return _previous(x, previous, h)
+    def begin(self, field: Field, x: State, previous: State | None, steps: Sequence[tuple[float, float]]) -> Memory:
+        return _previous(x, previous, steps[0][1])
 
     def forth(self, evaluate: Evaluate, field: Field, t: float, x: State, h: float, memory: Memory) -> tuple[State, Memory]:
         slope = evaluate(layer_at(field, t), inside(field.knots, t, h, 0, x.dtype), x)

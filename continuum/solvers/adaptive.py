@@ -29,6 +29,7 @@ from continuum.solvers.base import (
     Solver,
     needs_grad,
     option_text,
+    refuse_noise,
     restored_on_error,
     rows_not_finite,
     statistics_untouched,
@@ -97,6 +98,7 @@ class Adaptive(Solver):
         return f"{self.method}:{','.join(options)}"
 
     def check(self, field: Field) -> None:
+        refuse_noise(field, str(self))
         for name, module in field.named_modules():
             if isinstance(module, _DropoutNd) and module.p and module.training:
                 raise TypeError(

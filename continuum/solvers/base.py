@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from continuum.fields import Field
+from continuum.noise.base import stochastic_fields
 from continuum.types import State
 
 
@@ -42,6 +43,10 @@ class Solver(ABC):
 
     def check(self, field: Field) -> None:
         """Raise TypeError if this solver cannot solve `field`."""
+
+    def without_noise(self) -> "Solver":
+        """The solver that this one is where the field has no noise."""
+        return self
 
 
 def option_text(value: object) -> str:
@@ -78,6 +83,15 @@ class SolveError(RuntimeError):
         return (
             f"{self.reason} {where}at depth {self.depth:.6g} with step {self.step:.3g} after {self.evaluations} "
             f"evaluations{at_fault}. {self.advice}"
+        )
+
+
+def refuse_noise(field: Field, solver: str) -> None:
+    """Raise TypeError if `field` is stochastic, for a solver that integrates deterministic fields."""
+    for noisy in stochastic_fields(field):
+        raise TypeError(
+            f"{solver} is deterministic and this field has noise, {type(noisy).__name__}: take its drift alone, "
+            "flow.drift() or network.drift(), or a stochastic solver: euler_maruyama, milstein, brownian:method=euler"
         )
 
 

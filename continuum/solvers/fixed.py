@@ -1,13 +1,13 @@
 """Fixed steps: x_{n+1} = step(t_n, x_n, h) on a grid known beforehand; with Euler and h = 1, a residual network."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal, get_args
 
 from continuum.fields import Field
-from continuum.schemes import ReversibleScheme, Scheme
-from continuum.solvers.base import Cost, Solution, Solver, needs_grad, option_text
+from continuum.schemes import ReversibleScheme, Scheme, StochasticScheme
+from continuum.solvers.base import Cost, Solution, Solver, needs_grad, option_text, refuse_noise
 from continuum.solvers.reversible import solve_reversibly
 from continuum.types import State
 
@@ -76,9 +76,14 @@ class FixedStep(Solver):
         return f"{name}{',' if ':' in name else ':'}{option}{gradient}"
 
     def check(self, field: Field) -> None:
+        if not isinstance(self.scheme, StochasticScheme):
+            refuse_noise(field, str(self))
         self.scheme.check(field)
         if self.gradient == "reversible" and isinstance(self.scheme, ReversibleScheme):
             self.scheme.check_undo(field)
+
+    def without_noise(self) -> Solver:
+        return replace(self, scheme=self.scheme.without_noise())
 
     def steps(self, start: float, stop: float) -> list[Step]:
         """The steps (t, h) from `start` to `stop`, h negative on the way back."""
@@ -111,7 +116,7 @@ class FixedStep(Solver):
     def __call__(self, field: Field, x: State, times: Sequence[float], previous: State | None = None) -> Solution:
         legs = [self.steps(start, stop) for start, stop in pairwise(times)]
         steps = [step for leg in legs for step in leg]
-        memory = self.scheme.begin(x, previous, steps[0][1])
+        memory = self.scheme.begin(field, x, previous, steps)
         states = [x]
         for leg in legs:
             if self.gradient == "reversible" and isinstance(self.scheme, ReversibleScheme) and needs_grad(field, x):

@@ -9,14 +9,17 @@ from continuum.schemes import (
     AdamsBashforth,
     Coupling,
     Euler,
+    EulerMaruyama,
     Fractal,
     Heun,
     Kutta3,
     Leapfrog,
     LinearTwoStep,
     Midpoint,
+    Milstein,
     NeumannSeries,
     Scheme,
+    StochasticTwoStep,
     TwoStepMidpoint,
     Verlet,
 )
@@ -38,6 +41,9 @@ KNOWN = (
     Coupling(),
     Leapfrog(),
     Verlet(),
+    EulerMaruyama(),
+    Milstein(),
+    StochasticTwoStep(),
 )
 SCHEMES: dict[str, type[Scheme]] = {str(scheme).partition(":")[0]: type(scheme) for scheme in KNOWN}
 
@@ -79,7 +85,7 @@ def parse(text: str) -> Solver:
         raise ValueError(
             f"unknown solver {name!r} in {text!r}; fixed-step: {', '.join(SCHEMES)}; adaptive: {', '.join(METHODS)}"
         )
-    own: dict[str, Callable[[str], object]] = {f.name: int for f in fields(cast(Any, SCHEMES[name]))}  # order, terms
+    own: dict[str, Callable[[str], object]] = {f.name: type(f.default) for f in fields(cast(Any, SCHEMES[name]))}
     values = _values(text, options, {**own, **FIXED_OPTIONS})
     try:
         scheme = SCHEMES[name](**{key: values.pop(key) for key in own if key in values})

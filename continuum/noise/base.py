@@ -1,0 +1,229 @@
+"""Noise: a stochastic field is a sum of branches with random coefficients, c_1 f_1(t, x) + c_2 f_2(t, x) + ...
+
+One random number eta drives all coefficients, c_i = c_i(eta), with means m_i and deviations s_i. A step of size h is
+
+    x+ = x + sum_i [h m_i + sqrt(h) (c_i - m_i)] f_i       with eta from its own law: at h = 1 the regulariser as published,
+    x+ = x + sum_i [h m_i + sqrt(h) s_i Z] f_i             with Z from N(0, 1): Euler-Maruyama's method
+
+for the Ito equation dx = sum_i m_i f_i dt + sum_i s_i f_i dB, its drift and its diffusion.
+"""
+
+import copy
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from continuum.fields import Field, Momentum
+from continuum.noise.laws import Law
+from continuum.types import State, Time
+
+Coefficient: TypeAlias = Tensor | float
+Coefficients: TypeAlias = tuple[Coefficient | None, ...]
+"""What a step multiplies the branches with; None for a branch that is zero for the whole batch and need not be evaluated."""
+
+Per = Literal["batch", "image"]
+
+
+class StochasticField(Field):
+    """A field with noise: branches f_i, the law of a number eta, and the coefficients c_i(eta), affine in eta.
+
+    A subclass says these three; drift, diffusion and the steps follow. Called as a field, f(t, x) is the drift, which is what
+    evaluation mode integrates. `noise` is "scalar", one eta for an image or, with `per` "batch", for the whole mini-batch;
+    or "diagonal", one an entry of the state. `separable` says of diagonal noise that an entry of the diffusion depends on the
+    same entry of x only, as Milstein's method needs it. `scale` is a change of the unit of depth: the field scaled by s runs s
+    times as fast, with drift s m_i f_i and diffusion sqrt(s) s_i f_i.
+
+    >>> from continuum.noise import Bernoulli
+    >>> class ShakeDrop(StochasticField):  # one branch, whose coefficient is 1 or -1
+    ...     def __init__(self, field: Field) -> None:
+    ...         super().__init__()
+    ...         self.field = field
+    ...     def branches(self, t: Time, x: State):
+    ...         return (lambda: self.field(t, x),)
+    ...     def law(self, t: Time) -> Law:
+    ...         return Bernoulli(0.75)
+    ...     def coefficients(self, t: Time, eta: Tensor | float):
+    ...         return (2 * eta - 1,)
+    >>> from continuum.fields import MLP
+    >>> field = ShakeDrop(MLP(2, hidden=4))
+    >>> field.means(0.0), field.deviations(0.0)
+    ((0.5,), (0.8660254037844386,))
+    """
+
+    noise: Literal["scalar", "diagonal"] = "scalar"
+    per: Per = "image"
+    separable: bool = True
+    scale: float = 1.0
+
+    @abstractmethod
+    def branches(self, t: Time, x: State) -> Sequence[Callable[[], State]]:
+        """The branches at depth t and state x, each evaluated when it is called."""
+
+    @abstractmethod
+    def law(self, t: Time) -> Law:
+        """The law of eta at depth t."""
+
+    @abstractmethod
+    def coefficients(self, t: Time, eta: Coefficient) -> Sequence[Coefficient]:
+        """c_i(eta) = A_i + B_i eta of every branch, as published; a plain number where nothing is random."""
+
+    def means(self, t: Time) -> tuple[float, ...]:
+        """m_i, the weights of the branches in the drift."""
+        return tuple(self.scale * float(c) for c in self.coefficients(t, self.law(t).mean))
+
+    def deviations(self, t: Time) -> tuple[float, ...]:
+        """s_i, the weights of the branches in the diffusion; their signs say which coefficients move together."""
+        ends = zip(self.coefficients(t, 1.0), self.coefficients(t, 0.0), strict=True)
+        deviation = math.sqrt(self.scale) * self.law(t).deviation
+        return tuple(deviation * (float(one) - float(zero)) for one, zero in ends)
+
+    def forward(self, t: Time, x: State) -> State:
+        return _sum(self.means(t), [branch() for branch in self.branches(t, x)], x)
+
+    def terms(self, t: Time, x: State) -> tuple[State, State]:
+        """Drift and diffusion at depth t and state x, from one evaluation of each branch."""
+        slopes = [branch() for branch in self.branches(t, x)]
+        return _sum(self.means(t), slopes, x), _sum(self.deviations(t), slopes, x)
+
+    def draw(self, t: Time, x: State) -> Tensor:
+        """eta for one step of the states x; what one image or batch shares is drawn on the CPU, where it can be looked at."""
+        if self.noise == "diagonal":
+            return self.law(t).draw(x.shape, x.dtype, x.device)
+        return self.law(t).draw(self.size(x), x.dtype, torch.device("cpu"))
+
+    def size(self, x: State) -> tuple[int, ...]:
+        """The shape of eta, which broadcasts to the states x."""
+        return tuple(x.shape) if self.noise == "diagonal" else (1 if self.per == "batch" else len(x), *[1] * (x.dim() - 1))
+
+    def own(self, t: Time, x: State, h: float, eta: Tensor | None = None) -> Coefficients:
+        """The coefficients h m_i + sqrt(h) (c_i - m_i) of a step by the field's own law, for this eta or a new one."""
+        eta = self.draw(t, x) if eta is None else eta
+        return self._placed(self.stepped(t, h, self.coefficients(t, eta)), x)
+
+    def brownian(self, t: Time, x: State, h: float, z: Tensor | None = None) -> Coefficients:
+        """The coefficients h m_i + sqrt(h) s_i z of a step with Brownian increments sqrt(h) z, z given or from N(0, 1)."""
+        if z is None:
+            device = x.device if self.noise == "diagonal" else torch.device("cpu")
+            z = torch.randn(self.size(x), dtype=x.dtype, device=device)
+        weights = zip(self.means(t), self.deviations(t), strict=True)
+        return self._placed([h * m + (math.sqrt(h) * s) * z if s else h * m for m, s in weights], x)
+
+    def stepped(self, t: Time, h: float, published: Sequence[Coefficient]) -> list[Coefficient]:
+        """h m + sqrt(h) (c - m) for each published c, written so that h = 1 leaves c as it is, to the bit."""
+        h = h * self.scale
+        means = self.coefficients(t, self.law(t).mean)
+        root = math.sqrt(h)
+        return [
+            c if h == 1 else root * c + (h - root) * float(m) if isinstance(c, Tensor) else h * c
+            for c, m in zip(published, means, strict=True)
+        ]
+
+    def _placed(self, coefficients: Sequence[Coefficient], x: State) -> Coefficients:
+        """Coefficients where x is; one of the batch as a number, None for zeros; a compiled graph keeps tensors."""
+        if self.noise == "diagonal":
+            return tuple(coefficients)
+        placed: list[Coefficient | None] = []
+        for c in coefficients:
+            if not isinstance(c, Tensor):
+                placed.append(float(c))
+            elif torch.compiler.is_compiling():
+                placed.append(c.to(x.device))
+            elif c.numel() == 1:
+                placed.append(float(c) or None)
+            else:
+                placed.append(c.to(x.device, non_blocking=True) if c.any() else None)
+        return tuple(placed)
+
+    def move(self, t: Time, x: State, coefficients: Coefficients) -> State | None:
+        """sum_i a_i f_i(t, x), which a step adds to x; None if no branch counts. Branches without coefficient do not run."""
+        total: State | None = None
+        for a, branch in zip(coefficients, self.branches(t, x), strict=True):
+            if a is not None:
+                part = branch() if isinstance(a, float) and a == 1 else a * branch()
+                total = part if total is None else total + part
+        return total
+
+    def scaled(self, scale: float) -> "Field":
+        field = copy.copy(self)
+        field._modules = self._modules.copy()
+        field.scale = self.scale * scale
+        return field
+
+
+def _sum(weights: Sequence[float], slopes: Sequence[State], x: State) -> State:
+    """sum_i w_i f_i from left to right; a weight of one is not multiplied with."""
+    total: State | None = None
+    for weight, slope in zip(weights, slopes, strict=True):
+        if weight:
+            part = slope if weight == 1 else weight * slope
+            total = part if total is None else total + part
+    return torch.zeros_like(x) if total is None else total
+
+
+class Drift(Field):
+    """The drift of a stochastic field as a field without noise, with the same weights, in training mode too."""
+
+    def __init__(self, field: StochasticField) -> None:
+        super().__init__()
+        self.field = field
+        self.knots = field.knots
+        self.training = field.training
+
+    def forward(self, t: Time, x: State) -> State:
+        return self.field(t, x)
+
+
+def drift(layer: Field) -> Field:
+    """The field without its noise: the `Drift` of a stochastic one, also under `Momentum`; any other as it is."""
+    if isinstance(layer, StochasticField):
+        return Drift(layer)
+    if isinstance(layer, Momentum) and isinstance(layer.field, StochasticField):
+        momentum = Momentum(Drift(layer.field), k=0.0)
+        momentum.k, momentum.training = layer.k, layer.training
+        return momentum
+    return layer
+
+
+def noise_of(layer: Field) -> StochasticField | None:
+    """The stochastic field that a layer is, or that its `Momentum` holds; None if the layer is deterministic."""
+    inner = layer.field if isinstance(layer, Momentum) else layer
+    return inner if isinstance(inner, StochasticField) else None
+
+
+def terms(layer: Field, t: Time, x: State) -> tuple[State, State | None]:
+    """Drift and diffusion of a layer, from one evaluation of its branches; no diffusion where the layer has no noise.
+
+    Under `Momentum`, (1 + k) dx = drift dt + diffusion dB: both are divided by 1 + k.
+    """
+    field = noise_of(layer)
+    if field is None:
+        return layer(t, x), None
+    moved, noise = field.terms(t, x)
+    return (moved / (1 + layer.k), noise / (1 + layer.k)) if isinstance(layer, Momentum) else (moved, noise)
+
+
+def stochastic_fields(module: nn.Module) -> Iterator[StochasticField]:
+    """All stochastic fields in `module` whose noise acts: those in a `Drift` have none."""
+    if isinstance(module, StochasticField):
+        yield module
+    elif not isinstance(module, Drift):
+        for child in module.children():
+            yield from stochastic_fields(child)
+
+
+@contextmanager
+def noise_only(module: nn.Module) -> Iterator[None]:
+    """Inside the block the noise in `module` acts, whatever the mode of the rest: BatchNorm may evaluate."""
+    fields = [(field, field.training) for field in stochastic_fields(module)]
+    for field, _ in fields:
+        field.training = True
+    try:
+        yield
+    finally:
+        for field, training in fields:
+            field.training = training

@@ -1,0 +1,98 @@
+"""Laws of the number eta behind the noise: its mean, its deviation, and how to draw it."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class Law(ABC):
+    """The distribution of the number eta, with its `mean` and `deviation`."""
+
+    mean: float
+    deviation: float
+
+    @abstractmethod
+    def quantile(self, u: Tensor) -> Tensor:
+        """The value below which eta lies with probability u, for u in (0, 1)."""
+
+    def draw(self, size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Independent numbers from torch's global generator."""
+        return self.quantile(torch.rand(size, dtype=dtype, device=device))
+
+    def nodes(self, degree: int) -> list[tuple[float, float]]:
+        """Values and their weights, by which the expectation of a polynomial of this degree is a finite sum.
+
+        Raises:
+            TypeError: no such sum is known for this law.
+        """
+        raise TypeError(f"{self} has no closed-form moments: estimate them by sampling")
+
+
+@dataclass(frozen=True)
+class Bernoulli(Law):
+    """eta = 1 with probability p, otherwise 0."""
+
+    p: float
+
+    @property
+    def mean(self) -> float:
+        return self.p
+
+    @property
+    def deviation(self) -> float:
+        return math.sqrt(self.p * (1 - self.p))
+
+    def quantile(self, u: Tensor) -> Tensor:
+        return (u > 1 - self.p).to(u.dtype)
+
+    def draw(self, size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=device).bernoulli_(self.p)
+
+    def nodes(self, degree: int) -> list[tuple[float, float]]:
+        return [(1.0, self.p), (0.0, 1 - self.p)]
+
+
+@dataclass(frozen=True)
+class Uniform(Law):
+    """eta uniform on (0, 1)."""
+
+    mean = 0.5
+    deviation = 1 / math.sqrt(12)
+
+    def quantile(self, u: Tensor) -> Tensor:
+        return u
+
+    def nodes(self, degree: int) -> list[tuple[float, float]]:
+        # Gauss-Legendre: the eigenvalues of the Jacobi matrix of the Legendre polynomials, moved to (0, 1).
+        k = torch.arange(1, degree // 2 + 1, dtype=torch.float64)
+        values, weights = _gauss(k / (4 * k**2 - 1).sqrt())
+        return list(zip(((values + 1) / 2).tolist(), weights.tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class Normal(Law):
+    """eta from N(0, 1)."""
+
+    mean = 0.0
+    deviation = 1.0
+
+    def quantile(self, u: Tensor) -> Tensor:
+        return torch.special.ndtri(u)
+
+    def draw(self, size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.randn(size, dtype=dtype, device=device)
+
+    def nodes(self, degree: int) -> list[tuple[float, float]]:
+        values, weights = _gauss(torch.arange(1, degree // 2 + 1, dtype=torch.float64).sqrt())
+        return list(zip(values.tolist(), weights.tolist(), strict=True))
+
+
+def _gauss(off_diagonal: Tensor) -> tuple[Tensor, Tensor]:
+    """Nodes and weights of the Gauss rule whose orthogonal polynomials have this three-term recurrence."""
+    matrix = torch.diag(off_diagonal, 1) + torch.diag(off_diagonal, -1)
+    values, vectors = torch.linalg.eigh(matrix)
+    return values, vectors[0] ** 2

@@ -1,0 +1,230 @@
+"""Stochastic schemes, x+ = x + sum_i a_i f_i(t, x): all coefficients a_i are drawn before the first step, layer by layer."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from continuum.fields import Field, Momentum
+from continuum.noise import ShakeShake, StochasticField
+from continuum.noise.base import Coefficients, noise_of, stochastic_fields, terms
+from continuum.schemes.base import Memory, Scheme, combine, inside, layer_at, layers_of
+from continuum.schemes.multistep import LinearTwoStep
+from continuum.schemes.runge_kutta import Euler
+from continuum.types import State
+
+Increments = Literal["own", "brownian"]
+
+
+class StochasticScheme(Scheme):
+    """A scheme for layers that are stochastic fields. In evaluation mode, and for a layer without noise, it steps the drift.
+
+    Its memory is (the states before x, the draws of the steps to come).
+    """
+
+    order = 1
+    stages = 1
+
+    def check(self, field: Field) -> None:
+        """Raise TypeError unless the layers of `field` are what this scheme can step, and one of them has noise."""
+        layers = layers_of(field)
+        fields = [noisy for layer in layers if (noisy := noise_of(layer)) is not None]
+        if len(fields) < len(list(stochastic_fields(field))):
+            raise TypeError(
+                f"noise is outermost in a layer: write StochasticDepth(Scaled(f, s), p), not the reverse; only Momentum goes "
+                f"around it. Got a {type(field).__name__} with noise further inside"
+            )
+        if not fields:
+            raise TypeError(
+                f"{type(self).__name__} needs a StochasticField such as StochasticDepth(f, 0.8) or layers of them; this "
+                f"{type(field).__name__} has no noise. Take a deterministic scheme, such as Euler()"
+            )
+        for noisy in fields:
+            self.check_noise(noisy)
+
+    def check_noise(self, field: StochasticField) -> None:
+        """Raise TypeError if this scheme cannot step the noise of `field`."""
+
+    def draw(self, field: StochasticField, t: float, x: State, h: float) -> object:
+        """What one step of `field` takes from chance."""
+        return field.brownian(t, x, h)
+
+    def draws(self, field: Field, x: State, steps: Sequence[tuple[float, float]]) -> Memory:
+        """What every step takes from chance, in order; None for a step of the drift alone."""
+        drawn: list[object] = []
+        for t, h in steps:
+            t = inside(field.knots, t, h, 0, x.dtype)
+            noisy = noise_of(layer_at(field, t))
+            if noisy is not None and noisy.training and h < 0:
+                raise ValueError(f"a stochastic solve has no way back: depth goes up, not from {t:g} to {t + h:g}")
+            drawn.append(self.draw(noisy, t, x, h) if noisy is not None and noisy.training else None)
+        return tuple(drawn)
+
+    def begin(self, field: Field, x: State, previous: State | None, steps: Sequence[tuple[float, float]]) -> Memory:
+        return self.draws(field, x, steps)
+
+    def without_noise(self) -> Scheme:
+        return Euler()
+
+
+@dataclass(frozen=True)
+class EulerMaruyama(StochasticScheme):
+    """Euler-Maruyama's method, or the network itself: x+ = x + sum_i a_i f_i(t, x), of weak order 1 and strong order 1/2.
+
+    With `increments="own"` the coefficients a_i come from the law of the regulariser, and h = 1 is the discrete network, draw
+    for draw; its weak order is 1 where the third moment of the increment is O(sqrt h), otherwise 1/2. With "brownian" they are
+    h m_i + s_i dB (arXiv 1710.10121). A branch whose coefficient is zero for the whole batch is not evaluated.
+
+    >>> from continuum.fields import MLP
+    >>> from continuum.noise import StochasticDepth
+    >>> from continuum.solvers import FixedStep
+    >>> field = StochasticDepth(MLP(2, hidden=4), 0.8)
+    >>> x = torch.ones(3, 2)
+    >>> FixedStep(EulerMaruyama("brownian"), h=1 / 4)(field, x, (0.0, 1.0)).states[-1].shape
+    torch.Size([3, 2])
+
+    Raises:
+        TypeError: a field without noise, or noise inside other fields; with Brownian increments also the backward modes of
+            shake-shake other than "keep", which are no gradients of a path.
+    """
+
+    increments: Increments = "own"
+
+    def __post_init__(self) -> None:
+        if self.increments not in get_args(Increments):
+            raise ValueError(f"increments are {' or '.join(get_args(Increments))}, not {self.increments!r}")
+
+    def check_noise(self, field: StochasticField) -> None:
+        if self.increments == "brownian":
+            check_path_gradient(field)
+
+    def draw(self, field: StochasticField, t: float, x: State, h: float) -> Coefficients:
+        return field.own(t, x, h) if self.increments == "own" else field.brownian(t, x, h)
+
+    def step(self, field: Field, t: float, x: State, h: float, memory: Memory) -> tuple[State, Memory]:
+        t = inside(field.knots, t, h, 0, x.dtype)
+        layer, (drawn, *rest) = layer_at(field, t), memory
+        noisy = noise_of(layer)
+        if noisy is None or drawn is None:
+            return combine(x, h, (1,), (layer(t, x),)), tuple(rest)
+        moved = noisy.move(t, x, drawn)
+        if moved is not None:
+            x = x + (moved / (1 + layer.k) if isinstance(layer, Momentum) else moved)
+        return x, tuple(rest)
+
+
+@dataclass(frozen=True)
+class Milstein(StochasticScheme):
+    """Milstein's method for Brownian increments, x+ = x + h f + g dB + (g . grad) g (dB^2 - h) / 2, of strong order 1.
+
+    For noise shared by the entries of an image or batch, g being the diffusion, and for diagonal noise whose diffusion is
+    entrywise (`Gaussian`). One evaluation of the branches a step, and two backward passes through them for (g . grad) g.
+
+    Raises:
+        TypeError: as `EulerMaruyama`; and `Dropout`, whose entries are coupled by the field.
+    """
+
+    def check_noise(self, field: StochasticField) -> None:
+        check_path_gradient(field)
+        if field.noise == "diagonal" and not field.separable:
+            raise TypeError(
+                f"Milstein's method needs one noise for all entries, or entries that do not see each other; in "
+                f"{type(field).__name__} they do. Take EulerMaruyama('brownian')"
+            )
+
+    def draw(self, field: StochasticField, t: float, x: State, h: float) -> Tensor:
+        device = x.device if field.noise == "diagonal" else torch.device("cpu")
+        return math.sqrt(h) * torch.randn(field.size(x), dtype=x.dtype, device=device).to(x.device)
+
+    def step(self, field: Field, t: float, x: State, h: float, memory: Memory) -> tuple[State, Memory]:
+        t = inside(field.knots, t, h, 0, x.dtype)
+        layer, (increment, *rest) = layer_at(field, t), memory
+        if increment is None:
+            return combine(x, h, (1,), (layer(t, x),)), tuple(rest)
+        moved, noise, along = self_derivative(layer, t, x)
+        return x + h * moved + increment * noise + (0.5 * (increment**2 - h)) * along, tuple(rest)
+
+
+@dataclass(frozen=True)
+class StochasticTwoStep(StochasticScheme):
+    """LM-ResNet with noise: x_{n+1} = (1 - k_n) x_n + k_n x_{n-1} + sum_i a_i f_i(x_n) (arXiv 1710.10121).
+
+    `LinearTwoStep` whose field alone is random: what is kept of x_n and x_{n-1} is never dropped. Layers are
+    `Momentum(StochasticDepth(f, p))`; one without `Momentum` takes a plain stochastic step, as does the first if there is no
+    previous state, then for its equation (1 + k) dx = f dt + g dB. Of weak order 1 for it, in the sense of `EulerMaruyama`.
+
+    Raises:
+        TypeError: as `EulerMaruyama`, and where no layer is a `Momentum`.
+    """
+
+    increments: Increments = "own"
+    variable_steps = False
+
+    def __post_init__(self) -> None:
+        EulerMaruyama(self.increments)
+
+    def check(self, field: Field) -> None:
+        super().check(field)
+        if not any(isinstance(layer, Momentum) for layer in layers_of(field)):
+            raise TypeError("StochasticTwoStep steps Momentum(StochasticDepth(f, p)), which holds k; or take EulerMaruyama()")
+
+    def check_noise(self, field: StochasticField) -> None:
+        EulerMaruyama(self.increments).check_noise(field)
+
+    def draw(self, field: StochasticField, t: float, x: State, h: float) -> Coefficients:
+        return EulerMaruyama(self.increments).draw(field, t, x, h)
+
+    def begin(self, field: Field, x: State, previous: State | None, steps: Sequence[tuple[float, float]]) -> Memory:
+        h = steps[0][1]
+        before = previous if previous is None or h == 1 else torch.lerp(x, previous, h)
+        return before, *self.draws(field, x, steps)
+
+    def without_noise(self) -> Scheme:
+        return LinearTwoStep()
+
+    def step(self, field: Field, t: float, x: State, h: float, memory: Memory) -> tuple[State, Memory]:
+        before, drawn, *rest = memory
+        layer = layer_at(field, inside(field.knots, t, h, 0, x.dtype))
+        if not isinstance(layer, Momentum) or before is None:
+            after, _ = EulerMaruyama(self.increments).step(field, t, x, h, (drawn,))
+            return after, (x, *rest)
+        t, k, noisy = inside(field.knots, t, h, 0, x.dtype), layer.k, noise_of(layer)
+        kept = (1 - k) * x + k * before
+        if noisy is None or drawn is None:
+            return combine(kept, h, (1,), (layer.field(t, x),)), (x, *rest)
+        moved = noisy.move(t, x, drawn)
+        return (kept if moved is None else kept + moved), (x, *rest)
+
+
+def check_path_gradient(field: StochasticField) -> None:
+    """Raise TypeError for shake-shake's own backward passes, which are the gradient of no path of an SDE."""
+    if isinstance(field, ShakeShake) and field.backward_mode != "keep":
+        raise TypeError(
+            f"ShakeShake(backward_mode={field.backward_mode!r}) replaces the coefficients on the way back, which is no "
+            "gradient of any path of the SDE: build it with backward_mode='keep', or take EulerMaruyama('own')"
+        )
+
+
+def self_derivative(layer: Field, t: float, x: State) -> tuple[State, State, State]:
+    """Drift, diffusion g and its derivative along itself, (g . grad) g, from one evaluation of the layer.
+
+    The derivative is the gradient with respect to u of g(x)^T grad (u^T g), which is linear in u: two backward passes, whatever
+    the field is made of.
+    """
+    differentiable = torch.is_grad_enabled()
+    with torch.enable_grad():
+        x = x if x.requires_grad and differentiable else x.detach().requires_grad_()
+        moved, noise = terms(layer, t, x)
+        assert noise is not None
+        along = torch.zeros_like(noise)
+        if noise.requires_grad:
+            u = torch.zeros_like(noise, requires_grad=True)
+            (pulled,) = torch.autograd.grad(noise, x, u, create_graph=True, allow_unused=True, materialize_grads=True)
+            if pulled.requires_grad:
+                (along,) = torch.autograd.grad(pulled, u, noise, create_graph=differentiable, retain_graph=True)
+    if not differentiable:
+        return moved.detach(), noise.detach(), along.detach()
+    return moved, noise, along
