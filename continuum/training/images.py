@@ -128,6 +128,10 @@ def augmented(images: Tensor, crop: int, flip: bool, generator: torch.Generator)
         padded = torch.nn.functional.pad(images, (crop,) * 4)
         batch = torch.arange(count, device=device)[:, None, None]
         images = padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        if images.shape[1] == 1:
+            # With one channel torch takes these strides for channels_last, in which oneDNN's gradient of a 1x1 convolution of
+            # stride 2 from fewer than 8 channels writes outside its memory on CPUs with AVX2 only (torch 2.14, oneDNN 3.12).
+            images = images.clone(memory_format=torch.contiguous_format)
     if flip:
         mirrored = (torch.rand(count, generator=generator) < 0.5).to(device)
         images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
