@@ -25,6 +25,7 @@ from continuum.models import (
     Network,
     antisymmetric,
     continuous_resnet,
+    dropout_resnet,
     fractal_resnet,
     fractalnet,
     hamiltonian,
@@ -35,6 +36,7 @@ from continuum.models import (
     midpoint,
     mlp,
     momentum_resnet,
+    neural_sde,
     odenet,
     polynet,
     preresnet,
@@ -42,6 +44,9 @@ from continuum.models import (
     resnext,
     revnet,
     se_resnet,
+    shake_shake,
+    stochastic_depth_resnet,
+    stochastic_lm_resnet,
     wide_resnet,
 )
 from continuum.models.checkpoint import CheckpointError, load, save
@@ -60,7 +65,7 @@ from continuum.schemes import (
     TwoStepMidpoint,
     Verlet,
 )
-from continuum.solvers import Adaptive, FixedStep, SolveError
+from continuum.solvers import Adaptive, Brownian, FixedStep, SolveError
 from continuum.weights import Expansion, PiecewiseConstant
 
 __version__ = "0.1.0"
@@ -72,6 +77,7 @@ __all__ = [
     "Adaptive",
     "Augment",
     "Autonomous",
+    "Brownian",
     "Chebyshev",
     "CheckpointError",
     "Coupled",
@@ -105,6 +111,7 @@ __all__ = [
     "Verlet",
     "antisymmetric",
     "continuous_resnet",
+    "dropout_resnet",
     "fractal_resnet",
     "fractalnet",
     "hamiltonian",
@@ -116,6 +123,7 @@ __all__ = [
     "midpoint",
     "mlp",
     "momentum_resnet",
+    "neural_sde",
     "odenet",
     "polynet",
     "preresnet",
@@ -124,5 +132,8 @@ __all__ = [
     "revnet",
     "save",
     "se_resnet",
+    "shake_shake",
+    "stochastic_depth_resnet",
+    "stochastic_lm_resnet",
     "wide_resnet",
 ]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from continuum.fields import Field
 from continuum.noise.base import drift
-from continuum.solvers import Adaptive, Cost, Embedded, FixedStep, Solver, parse
+from continuum.solvers import Adaptive, Brownian, Cost, Embedded, FixedStep, Solver, parse
 from continuum.types import State
 from continuum.weights import PiecewiseConstant
 
@@ -49,7 +49,7 @@ class Flow(nn.Module):
         if not isinstance(self.solver, Solver):
             raise TypeError(f"a Flow needs a Solver or its text, not {solver!r}")
         self.solver.check(field)
-        if isinstance(self.solver, FixedStep):
+        if isinstance(self.solver, FixedStep | Brownian):
             self.solver.steps(0.0, self.depth)
 
     def forward(self, x: State, memory: State | None = None) -> State:
@@ -189,7 +189,7 @@ def _divided(field: PiecewiseConstant, k: int) -> PiecewiseConstant:
 
 
 def _finer(solver: Solver, k: int) -> Solver:
-    if not isinstance(solver, FixedStep):
+    if not isinstance(solver, FixedStep | Brownian):
         return solver
     try:
         return replace(solver, h=solver.h / k)

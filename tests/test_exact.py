@@ -21,11 +21,18 @@ from continuum import (
     PiecewiseConstant,
     Scaled,
     SecondOrder,
+    dropout_resnet,
     lm_resnet,
     mlp,
+    neural_sde,
     odenet,
     preresnet,
+    resnet,
+    shake_shake,
+    stochastic_depth_resnet,
+    stochastic_lm_resnet,
 )
+from continuum.noise import StochasticDepth
 
 
 def images(batch=8, size=16, seed=0):
@@ -237,6 +244,32 @@ def test_parameter_counts(depth, plain, scalars):
     with torch.device("meta"):
         assert size(preresnet(depth)) == plain
         assert size(lm_resnet(depth)) == plain + scalars
+
+
+@pytest.mark.parametrize(("width", "millions"), [(32, "2.92"), (64, "11.65"), (96, "26.19"), (112, "35.64")])
+def test_parameter_counts_of_shake_shake(width, millions):
+    with torch.device("meta"):
+        assert f"{size(shake_shake(26, width)) / 1e6:.2f}" == millions
+
+
+def test_noise_has_no_parameters():
+    with torch.device("meta"):
+        assert size(stochastic_depth_resnet(110)) == size(resnet(110)) == 1_727_962
+        assert size(stochastic_lm_resnet(110)) == size(lm_resnet(110))
+        assert size(dropout_resnet(20)) == size(preresnet(20))
+        assert size(neural_sde()) == size(odenet(in_channels=3))
+
+
+def test_survivals_fall_from_block_to_block():
+    """Transitions included: to 1/2 at the last of 54 blocks, 40.25 of which survive on average (arXiv 1603.09382)."""
+    with torch.device("meta"):
+        huang, lu = (
+            [module.survival for module in build(110).modules() if isinstance(module, StochasticDepth)]
+            for build in (stochastic_depth_resnet, stochastic_lm_resnet)
+        )
+    assert huang == pytest.approx([1 - block / 54 / 2 for block in range(1, 55)])
+    assert sum(huang) == pytest.approx(40.25)
+    assert lu == pytest.approx([1 - block / 53 / 2 for block in range(54)])
 
 
 def test_parameter_count_of_the_mnist_odenet():

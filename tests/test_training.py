@@ -1,11 +1,16 @@
 """Training: two runs agree, a resumed run is the uninterrupted one, and a failed step leaves everything as it was."""
 
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.strategies import DDPStrategy
 
 import continuum
 from continuum.models.failure import find_failure
@@ -23,10 +28,11 @@ def fit(
     checkpoints: ModelCheckpoint | None = None,
     schedule: Schedule | None = None,
     stop_after: int = -1,
+    network: continuum.Network | None = None,
 ) -> Classifier:
     """A run of five batches an epoch; `stop_after` steps it is cut short, as if it had been killed."""
     pl.seed_everything(0)
-    model = Classifier(small_network(), schedule=schedule or OneCycle())
+    model = Classifier(network or small_network(), schedule=schedule or OneCycle())
     data = Digits(batch_size=40, train_size=200, crop=1, seed=0)
     callbacks: list[pl.Callback] = [checkpoints] if checkpoints else []
     if stop_after > 0:
@@ -87,6 +93,67 @@ def test_resuming_within_an_epoch_replays_the_rest_of_it(tmp_path: Path) -> None
     for step in (2, 4, 5, 6, 9, 11):
         resumed = fit(tmp_path / "resumed", resume=tmp_path / "kept" / f"step={step}.ckpt")
         assert same_state(whole.network, resumed.network), f"after step {step}"
+
+
+STOCHASTIC = {
+    "stochastic depth": lambda: continuum.stochastic_depth_resnet(14, width=8, in_channels=1),
+    "its SDE": lambda: continuum.stochastic_depth_resnet(14, width=8, in_channels=1, solver="brownian:h=0.5"),
+    "dropout": lambda: continuum.dropout_resnet(14, width=8, in_channels=1, rate=0.2),
+    "dropout inside the field": lambda: continuum.wide_resnet(10, 1, dropout=0.2, in_channels=1),
+}
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_a_resumed_run_goes_on_along_the_same_path_of_the_noise(tmp_path: Path, name: str) -> None:
+    def build() -> continuum.Network:
+        torch.manual_seed(0)
+        return STOCHASTIC[name]()
+
+    whole = fit(tmp_path / "whole", epochs=2, network=build())
+    again = fit(tmp_path / "again", epochs=2, network=build())
+    assert same_state(whole.network, again.network), "one seed, one path"
+    keep = ModelCheckpoint(tmp_path / "kept", "{step}", save_top_k=-1, every_n_train_steps=1)
+    fit(tmp_path / "cut", epochs=2, checkpoints=keep, stop_after=8, network=build())
+    for step in (3, 5, 7):
+        torch.manual_seed(1234)  # the noise goes on from the checkpoint, not from whatever was drawn before
+        resumed = fit(tmp_path / "resumed", epochs=2, resume=tmp_path / "kept" / f"step={step}.ckpt", network=build())
+        assert same_state(whole.network, resumed.network), f"after step {step}"
+
+
+@pytest.mark.parametrize("solver", ["euler_maruyama", "brownian:h=0.5"])
+def test_two_ranks_draw_different_noise_and_learn_the_same_weights(tmp_path: Path, solver: str) -> None:
+    """Under DistributedDataParallel with unused parameters allowed, because a rank may drop what the other keeps."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    worker = Path(__file__).parent / "noise_worker.py"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen([sys.executable, str(worker), str(rank), str(tmp_path), solver, port], env=environment)
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=240) for process in processes] == [0, 0]
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert len(first["drawn"]) == 4
+    assert all(one != other for one, other in zip(first["drawn"], second["drawn"], strict=True))
+    assert len({str(step) for step in first["drawn"]}) == 4, "and another one each step"
+    for name, weight in first["weights"].items():
+        assert torch.equal(weight, second["weights"][name]), name
+
+
+def test_dropped_branches_need_unused_parameters_under_several_processes() -> None:
+    model = Classifier(continuum.stochastic_depth_resnet(14, width=8, in_channels=1))
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    trainer.strategy.__class__ = DDPStrategy
+    trainer.strategy._ddp_kwargs = {}
+    model.trainer = trainer
+    with pytest.raises(ValueError, match="ddp_find_unused_parameters_true"):
+        model.on_fit_start()
+    trainer.strategy._ddp_kwargs = {"find_unused_parameters": True}
+    model.on_fit_start()
+    model.network = continuum.shake_shake(14, width=8)
+    trainer.strategy._ddp_kwargs = {}
+    model.on_fit_start()
 
 
 class Poisoned(pl.Callback):
@@ -180,6 +247,28 @@ def test_predictions_are_written(tmp_path: Path) -> None:
     assert len(lines) == 1 + 359
     probabilities = [float(p) for p in lines[1].split(",")[2:]]
     assert abs(sum(probabilities) - 1) < 1e-5
+
+
+def test_sampled_predictions_have_a_mean_and_a_spread(tmp_path: Path) -> None:
+    def predicted(folder: Path, samples: int) -> list[list[str]]:
+        torch.manual_seed(0)
+        network = continuum.stochastic_depth_resnet(14, width=8, in_channels=1, last=0.3)
+        trainer = pl.Trainer(
+            accelerator="cpu", logger=False, callbacks=[WritePredictions(str(folder))], enable_progress_bar=False
+        )
+        trainer.predict(Classifier(network, samples=samples), Digits())
+        return [line.split(",") for line in (folder / "predictions.csv").read_text().splitlines()]
+
+    heads, *rows = predicted(tmp_path / "a", 5)
+    assert heads[12:] == [f"s({c})" for c in range(10)]
+    assert all(abs(sum(map(float, row[2:12])) - 1) < 1e-4 for row in rows)
+    assert any(float(s) > 0 for s in rows[0][12:])
+    assert predicted(tmp_path / "b", 5)[1:] == rows, "one seed, one set of samples"
+    assert len(predicted(tmp_path / "c", 0)[0]) == 12
+    with pytest.raises(TypeError, match="samples need noise"):
+        pl.Trainer(accelerator="cpu", logger=False).predict(Classifier(small_network(), samples=3), Digits())
+    with pytest.raises(ValueError, match="-1"):
+        Classifier(small_network(), samples=-1)
 
 
 @pytest.mark.parametrize("make", [lambda: OneCycle(1.0), lambda: OneCycle(-0.1), lambda: Steps([2, 1]), lambda: Steps([1], 0)])

@@ -13,6 +13,7 @@ from continuum import FixedStep, Momentum, PostActivation, SqueezeExcite
 from continuum.models.failure import _solve_looking
 from continuum.models.fractal import join
 from continuum.models.zoo import BUILDERS
+from continuum.noise import StochasticDepth
 
 THREE = {"widths": (4, 8, 12)}
 SMALL = {
@@ -44,6 +45,13 @@ SMALL = {
     "continuous_resnet constant": ({"size": 2, "width": 4, "basis": "constant"}, 16),
     "odenet": ({"width": 4, "in_channels": 3}, 28),
     "mlp": ({"hidden": 8}, None),
+    "stochastic_depth_resnet": ({"depth": 14, "width": 4}, 16),
+    "shake_shake": ({"depth": 14, "width": 4}, 16),
+    "shake_shake keep": ({"depth": 14, "width": 4, "backward_mode": "keep", "per": "batch"}, 16),
+    "stochastic_lm_resnet": ({"depth": 14, "width": 4, "per": "image"}, 16),
+    "dropout_resnet": ({"depth": 14, "width": 4}, 16),
+    "neural_sde": ({"width": 4}, 28),
+    "neural_sde multiplicative": ({"width": 4, "kind": "multiplicative", "downsample": False}, 16),
 }
 WITH_FLOWS = [name for name in SMALL if name != "fractalnet"]
 
@@ -56,6 +64,14 @@ def build(name):
     return network, torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
+def undropped(network):
+    """Survival 1, so that a training pass uses every weight."""
+    for field in network.modules():
+        if isinstance(field, StochasticDepth):
+            field.survival = 1.0
+    return network
+
+
 def test_every_builder_is_here():
     assert {name.split()[0] for name in SMALL} == set(BUILDERS)
     assert set(BUILDERS) <= set(continuum.__all__)
@@ -65,7 +81,7 @@ def test_every_builder_is_here():
 @pytest.mark.parametrize("name", WITH_FLOWS)
 def test_every_network_runs_under_other_solvers(name, solver):
     network, x = build(name)
-    network.eval()
+    network = (network.drift() if network.stochastic else network).eval()
     other = network.with_solver(solver)
     assert other(x).isfinite().all()
     assert all(a is b for a, b in zip(network.parameters(), other.parameters(), strict=True))
@@ -87,7 +103,7 @@ def test_a_training_step_moves_every_weight(name):
         network.stages[0].drop_path = 0.0
     before = copy.deepcopy(network.state_dict())
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-    logits = network.train()(x)
+    logits = undropped(network).train()(x)
     F.cross_entropy(logits, torch.arange(len(x)) % logits.shape[1]).backward()
     optimizer.step()
     fixed = {id(module.k) for module in network.modules() if isinstance(module, Momentum) and not module.k.requires_grad}
@@ -129,10 +145,10 @@ def test_every_network_compiles(name):
         assert torch.equal(compiled(x), expected)
 
 
-@pytest.mark.parametrize("name", [name for name in WITH_FLOWS if name.split()[0] not in ("odenet", "mlp")])
+@pytest.mark.parametrize("name", [name for name in WITH_FLOWS if name.split()[0] not in ("odenet", "mlp", "neural_sde")])
 def test_refinement_keeps_the_network_trainable(name):
     network, x = build(name)
-    finer = network.refine(2)
+    finer = undropped(network).refine(2)
     finer(x).square().sum().backward()
     assert all(p.grad is not None for p in finer.parameters() if p.requires_grad)
 
@@ -285,6 +301,15 @@ def test_momentum_and_leapfrog_networks_in_the_form_of_their_papers():
         (lambda: continuum.leapfrog(14, widths=(8, 4, 2)), "not decreasing"),
         (lambda: continuum.continuous_resnet(4, "spline"), "unknown basis 'spline'; there are hat"),
         (lambda: continuum.continuous_resnet(1, "hat"), "2 or more"),
+        (lambda: continuum.stochastic_depth_resnet(14, last=0.0), r"in \(0, 1\], not 0.0"),
+        (lambda: continuum.stochastic_depth_resnet(14, per="layer"), "'image' .* or 'batch' .*not 'layer'"),
+        (lambda: continuum.stochastic_lm_resnet(20, last=1.5), r"in \(0, 1\], not 1.5"),
+        (lambda: continuum.shake_shake(24), r"6 n \+ 2.*not 24"),
+        (lambda: continuum.shake_shake(14, width=5), "even number .*not 5"),
+        (lambda: continuum.shake_shake(14, 4, forward_mode="keep"), "forward_mode is 'shake' or 'even'"),
+        (lambda: continuum.dropout_resnet(14, rate=1.0), r"in \[0, 1\), not 1.0"),
+        (lambda: continuum.neural_sde(sigma=-1.0), "at least 0, not -1.0"),
+        (lambda: continuum.neural_sde(kind="jump"), "'additive' .* or 'multiplicative' .*not 'jump'"),
     ],
 )
 def test_arguments_that_no_network_has(make, message):
@@ -301,6 +326,14 @@ def test_dropout_under_an_adaptive_solver():
     assert network(x).isfinite().all()
     with pytest.raises(TypeError, match="draws anew"):
         network.train()(x)
+
+
+def test_shake_shake_with_brownian_increments():
+    """They are paths of an equation, whose gradients are those of what was computed."""
+    solver, x = "euler_maruyama:increments=brownian", torch.randn(2, 3, 8, 8)
+    with pytest.raises(TypeError, match="no gradient of any path"):
+        continuum.shake_shake(14, 4, solver=solver)(x)
+    assert continuum.shake_shake(14, 4, backward_mode="keep", solver=solver)(x).isfinite().all()
 
 
 def test_drop_path_draws_a_column_or_thins_out_joins():

@@ -23,7 +23,7 @@ from continuum.models import Network
 from continuum.models.fractal import FractalStages
 from continuum.models.network import Blueprint, transit
 from continuum.models.zoo import BUILDERS
-from continuum.schemes import RK4, Euler
+from continuum.schemes import RK4, Euler, EulerMaruyama
 from continuum.solvers import FixedStep, Solver, parse
 from continuum.types import Images, Logits, State
 
@@ -36,8 +36,8 @@ NOISE = 1e-3
 SEEDS = (0, 1)
 """A training pass with each: the first sends a FractalNet through one column, the second drops inputs of its joins."""
 
-CONTINUOUS = ("continuous_resnet", "odenet", "mlp")
-"""Builders whose plain loops take steps of any size, by Euler's method or RK4."""
+CONTINUOUS = ("continuous_resnet", "odenet", "mlp", "neural_sde")
+"""Builders whose plain loops take steps of any size, by Euler's method or RK4, or with noise by Euler-Maruyama's."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ def certify(network: Network, images: Images, labels: Tensor | None = None) -> C
     """Compare `network`, on a batch of images, with the plain loop of its builder under its published discrete scheme.
 
     The scheme is the builder's default, or Euler's method with h = 1 where that is adaptive; networks continuous in depth
-    keep fixed steps of Euler's method or RK4. The network itself stays as it is: its copy is compared, on the CPU.
+    keep fixed steps of Euler's method or RK4, and a neural SDE those of Euler-Maruyama's. What is random is drawn alike. The
+    network itself stays as it is: its copy is compared, on the CPU.
 
     Raises:
         ValueError: the network is not from the zoo, or was projected onto a basis: no plain loop is written for it.
@@ -129,7 +130,9 @@ def _discrete(network: Network) -> Network:
 
 
 def _has_loop(solver: Solver) -> bool:
-    return isinstance(solver, FixedStep) and isinstance(solver.scheme, Euler | RK4) and solver.grid is None and solver.h <= 1
+    if not isinstance(solver, FixedStep) or solver.grid is not None or solver.h > 1:
+        return False
+    return isinstance(solver.scheme, Euler | RK4) or solver.scheme == EulerMaruyama("own")
 
 
 # The two sides: the network, and the plain loop on its tensors
@@ -285,6 +288,21 @@ SMALL: dict[str, dict[str, Any]] = {
     "odenet three stages": {"width": 4, "stages": 3, "in_channels": 3, "solver": "euler:h=0.25"},
     "mlp": {"hidden": 8, "augment": 1},
     "mlp in quarters": {"hidden": 8, "solver": "euler:h=0.25"},
+    "stochastic_depth_resnet": {"depth": 26, "width": 4},
+    "stochastic_depth_resnet image": {"depth": 20, "width": 4, "per": "image"},
+    "shake_shake": {"depth": 20, "width": 4},
+    "shake_shake without the first transition": {"depth": 14, "width": 16},
+    "shake_shake keep": {"depth": 20, "width": 4, "backward_mode": "keep"},
+    "shake_shake even": {"depth": 20, "width": 4, "backward_mode": "even"},
+    "shake_shake even, shake": {"depth": 20, "width": 4, "forward_mode": "even"},
+    "shake_shake even, even": {"depth": 20, "width": 4, "forward_mode": "even", "backward_mode": "even"},
+    "shake_shake batch": {"depth": 20, "width": 4, "per": "batch"},
+    "stochastic_lm_resnet": {"depth": 26, "width": 4},
+    "stochastic_lm_resnet image": {"depth": 20, "width": 4, "per": "image"},
+    "dropout_resnet": {"depth": 20, "width": 4},
+    "neural_sde": {"width": 4},
+    "neural_sde multiplicative": {"width": 4, "kind": "multiplicative", "downsample": False},
+    "neural_sde in one step": {"width": 4, "solver": "euler_maruyama"},
 }
 """Arguments of small networks of every builder, which is the first word of the name."""
 

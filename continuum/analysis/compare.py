@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from continuum.analysis.memory import peak_memory
 from continuum.files import whole_file
 from continuum.models import Network
+from continuum.noise import noise_only
 from continuum.solvers import SolveError, Solver
 
 
@@ -27,7 +28,8 @@ class Row:
     `evaluations` (of the fields, per sample), `accepted` and `rejected` steps are summed over the flows and averaged over
     the samples; `agreement` is the share of predictions equal to the reference's; `logit_difference` the largest absolute one;
     `milliseconds` per image, the median over batches; `memory` the peak of one batch in MiB. `grids` are the steps of each
-    flow on the first batch. A solver that failed has its `error` and no numbers.
+    flow on the first batch. A stochastic solver runs over several `paths` of its noise: accuracy, loss, agreement and time are
+    means over them, with the standard deviations of accuracy and loss. A solver that failed has its `error` and no numbers.
     """
 
     solver: str
@@ -38,6 +40,9 @@ class Row:
     loss: float = math.nan
     agreement: float = math.nan
     logit_difference: float = math.nan
+    paths: int = 1
+    accuracy_deviation: float = math.nan
+    loss_deviation: float = math.nan
     milliseconds: float = math.nan
     memory: float = math.nan
     error: str = ""
@@ -46,32 +51,59 @@ class Row:
 
 @torch.no_grad()
 def compare(
-    network: Network, batches: Sequence[tuple[Tensor, Tensor]], solvers: Sequence[Solver], device: torch.device
+    network: Network,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    solvers: Sequence[Solver],
+    device: torch.device,
+    paths: int = 5,
 ) -> Iterator[Row]:
     """Run `network` on all `batches` (images, labels) under its own solver, then under each of `solvers`; a row at a time.
 
-    The first row is the reference of `agreement` and `logit_difference`.
+    The first row is the reference of `agreement` and `logit_difference`. Where the network has noise it is that of the drift,
+    which deterministic solvers integrate too; a stochastic one runs over `paths` paths, the seed of path i being i.
     """
     network = network.to(device).eval()
     batches = [(images.to(device), labels.to(device)) for images, labels in batches]
+    labels = torch.cat([labels for _, labels in batches])
+    drift = network.drift() if network.stochastic else network
     reference: Tensor | None = None
-    for solver in (network.solver, *solvers):
-        row = Row(str(solver))
+    for solver in (drift.solver, *solvers):
+        stochastic = is_stochastic(solver)
+        row = Row(str(solver), paths=paths if stochastic else 1)
         try:
-            logits = _run(network.with_solver(solver), batches, device, row)
+            logits = _paths(network.with_solver(solver) if stochastic else drift.with_solver(solver), batches, device, row)
         except SolveError as error:
             row.error = str(error)
             yield row
             if reference is None:
                 raise
             continue
-        reference = logits if reference is None else reference
-        labels = torch.cat([labels for _, labels in batches])
-        row.accuracy = float((logits.argmax(1) == labels).double().mean())
-        row.loss = float(cross_entropy(logits, labels))
-        row.agreement = float((logits.argmax(1) == reference.argmax(1)).double().mean())
+        reference = logits[0] if reference is None else reference
+        accuracies = (logits.argmax(2) == labels).double().mean(dim=1)
+        losses = torch.stack([cross_entropy(path, labels) for path in logits]).double()
+        row.accuracy, row.loss = float(accuracies.mean()), float(losses.mean())
+        if len(logits) > 1:
+            row.accuracy_deviation, row.loss_deviation = float(accuracies.std()), float(losses.std())
+        row.agreement = float((logits.argmax(2) == reference.argmax(1)).double().mean())
         row.logit_difference = float((logits - reference).abs().max())
         yield row
+
+
+def is_stochastic(solver: Solver) -> bool:
+    """Whether a solver draws noise."""
+    return solver.without_noise() != solver
+
+
+def _paths(network: Network, batches: Sequence[tuple[Tensor, Tensor]], device: torch.device, row: Row) -> Tensor:
+    """The logits of all batches for each path of the noise, (paths, images, classes), filling in what they cost."""
+    logits, milliseconds = [], []
+    for seed in range(row.paths):
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), noise_only(network):
+            torch.manual_seed(seed)
+            logits.append(_run(network, batches, device, row))
+        milliseconds.append(row.milliseconds)
+    row.milliseconds = statistics.mean(milliseconds)
+    return torch.stack(logits)
 
 
 def _run(network: Network, batches: Sequence[tuple[Tensor, Tensor]], device: torch.device, row: Row) -> Tensor:

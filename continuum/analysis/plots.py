@@ -5,13 +5,17 @@ import os
 from collections.abc import Sequence
 from itertools import pairwise
 
+from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from continuum.analysis.compare import Row
+from continuum.analysis.weak import WeakReport
 from continuum.files import whole_file
 
 MARKERS = "osD^vP*X<>hd"
+GAPS = {"h=1": "network and SDE", "h=1/2": "h = 1/2 and SDE", "evaluation": "evaluation and network with noise"}
 
 
 def draw_comparison(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
@@ -61,6 +65,54 @@ def draw_steps(rows: Sequence[Row], path: str | os.PathLike[str]) -> bool:
     figure.legend(loc="outside right upper", fontsize="small", title="adaptive solver")
     _save(figure, path)
     return True
+
+
+def draw_weak(report: WeakReport, path: str | os.PathLike[str]) -> None:
+    """The third moment of every layer's increment beside +-sqrt(h), and the weak errors with their 95% intervals."""
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _third_moments(left, report)
+    _gaps(right, report)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    _save(figure, path)
+
+
+def _third_moments(axes: Axes, report: WeakReport) -> None:
+    bounds = [layer.bound for layer in report.layers]
+    edges = [place - 0.5 for place in range(len(bounds) + 1)]
+    band = {"baseline": [-bound for bound in bounds], "fill": True, "color": "C2", "alpha": 0.25}
+    axes.stairs(bounds, edges, label=r"$\pm\sqrt{h}$, h = 1 / layers of the flow", **band)
+    noisy = [(place, layer) for place, layer in enumerate(report.layers) if layer.noisy]
+    for small, color, label in ((True, "C0", "within"), (False, "C3", "beyond")):
+        chosen = [(place, layer) for place, layer in noisy if layer.small == small]
+        if chosen:
+            third = [layer.moments[2] for _, layer in chosen]
+            bars = [layer.confidence[2] for _, layer in chosen]
+            axes.errorbar([place for place, _ in chosen], third, bars, fmt="o", color=color, capsize=3, label=label)
+    if silent := [place for place, layer in enumerate(report.layers) if not layer.noisy]:
+        axes.plot(silent, [0.0] * len(silent), "x", color="0.4", label="no noise")
+    axes.set_xlabel("layer, through all flows")
+    axes.set_ylabel(r"third moment $E\,\xi^3$ of the increment")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _gaps(axes: Axes, report: WeakReport) -> None:
+    largest = report.largest()
+    for index, (between, label) in enumerate(GAPS.items()):
+        gaps = [gaps[between] for gaps in largest.values()]
+        errors, halves = [abs(gap.error) for gap in gaps], [gap.confidence for gap in gaps]
+        # On a logarithmic axis an interval that holds zero goes down to the edge.
+        lower = [min(half, error * (1 - 1e-6)) for half, error in zip(halves, errors, strict=True)]
+        places = [place + 0.2 * (index - 1) for place in range(len(gaps))]
+        axes.errorbar(places, errors, (lower, halves), fmt=MARKERS[index], color=f"C{index}", capsize=3, label=label)
+    if errors := [abs(gap.error) for gaps in largest.values() for gap in gaps.values() if gap.error]:
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=min(errors) / 3)
+    axes.set_xticks(range(len(largest)), [test.replace(" ", "\n") for test in largest])
+    axes.set_xlabel("g (of the class furthest from the SDE at h = 1)")
+    axes.set_ylabel("|difference of E g|, with 95% interval")
 
 
 def _uneven(row: Row) -> bool:

@@ -17,6 +17,7 @@ from continuum.cli.convert import convert_command, convert_parser
 from continuum.cli.models import models_command, models_parser
 from continuum.cli.parser import Parser
 from continuum.cli.verify import verify_command, verify_parser
+from continuum.cli.weak import weak_command, weak_parser
 from continuum.models.checkpoint import KEY, CheckpointError, read
 from continuum.models.zoo import BUILDERS
 from continuum.solvers import SolveError
@@ -28,6 +29,7 @@ COMMANDS: dict[str, tuple[Callable[[], Parser], Callable[[list[str]], None]]] = 
     "convert": (convert_parser, convert_command),
     "models": (models_parser, models_command),
     "verify": (verify_parser, verify_command),
+    "weak": (weak_parser, weak_command),
 }
 """What runs without Lightning: the parser and the function of each."""
 
@@ -128,6 +130,7 @@ def _with_network(arguments: list[str]) -> list[str]:
 
     Not a default of the parser, because jsonargparse would carry its arguments over to whatever network is chosen instead.
     """
+    arguments = _samples(arguments)
     stated = any(a.split("=")[0].startswith(("-c", "--config", "--model.network", "--print_")) for a in arguments)
     if not arguments or stated or "--help" in arguments or "-h" in arguments:
         return arguments
@@ -140,13 +143,22 @@ def _with_network(arguments: list[str]) -> list[str]:
     if arguments[0] not in EVALUATIONS or path is None or not Path(path).is_file():
         return arguments
     description = read(path)[KEY]
-    network = {**description["arguments"], "solver": description["solvers"][0]}
+    network = dict(description["arguments"])
+    if ["drift"] not in description["changes"]:  # which is taken from the stochastic network that the builder makes
+        network["solver"] = description["solvers"][0]
     found = {"model.network": _class(f"continuum.{description['builder']}", network)}
     if "data" in description and _value(arguments, "--data") is None:
         data = dict(description["data"]["arguments"])
         found["seed_everything"] = data.pop("seed", 0)
         found["data"] = _class(f"continuum.training.{description['data']['class']}", data)
     return _insert(arguments, found)
+
+
+def _samples(arguments: list[str]) -> list[str]:
+    """`predict --samples n` as the argument of `Classifier` that it is."""
+    if arguments[:1] != ["predict"]:
+        return arguments
+    return [f"--model.{a[2:]}" if a.partition("=")[0] == "--samples" else a for a in arguments]
 
 
 def _class(path: str, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -12,12 +12,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 import continuum.training
-from continuum.analysis.compare import Row, compare, write_csv, write_json
+from continuum.analysis.compare import Row, compare, is_stochastic, write_csv, write_json
 from continuum.analysis.plots import draw_comparison, draw_steps
 from continuum.cli.parser import Parser
 from continuum.models.checkpoint import KEY, CheckpointError, read, restore
 from continuum.solvers import parse
 from continuum.training import ImageData
+
+DEFAULT_STOCHASTIC = (
+    "euler_maruyama:h=1",
+    "euler_maruyama:h=0.5",
+    "euler_maruyama:increments=brownian,h=1",
+    "euler_maruyama:increments=brownian,h=0.25",
+)
+"""What a stochastic network is run under beside the others, which integrate its drift."""
 
 DEFAULT_SOLVERS = (
     "euler:h=1",
@@ -47,6 +55,9 @@ def compare_parser() -> Parser:
     parser.add_subclass_arguments(
         ImageData, "data", required=False, help="the images to compare on (default: the test set of the training's data)"
     )
+    parser.add_argument(
+        "--paths", type=PositiveInt, default=5, help="paths of the noise under a stochastic solver (default: 5)"
+    )
     parser.add_argument("--images", type=PositiveInt, help="use so many test images, chosen by the data's seed (default: all)")
     parser.add_argument("--batch_size", type=PositiveInt, help="images a batch; an adaptive solver shares its steps within one")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="cpu or cuda (default: cuda where there is one)")
@@ -64,15 +75,18 @@ def compare_command(arguments: list[str]) -> None:
         parser.error(str(error))
     content = read(options.checkpoint)
     network = restore(content, options.checkpoint)
+    if network.stochastic and not options.solver:
+        solvers += [parse(text) for text in DEFAULT_STOCHASTIC]
+    drift = network.drift() if network.stochastic else network
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device here: leave --device out, or give cpu")
     for solver in solvers:
         try:
-            network.with_solver(solver)
+            (network if is_stochastic(solver) else drift).with_solver(solver)
         except (TypeError, ValueError) as error:
             parser.error(f"--solver {solver} does not fit this network: {error}")
-    data = parser.instantiate_classes(options)["data"] or _described_data(content, options.checkpoint)
+    data = parser.instantiate_classes(options)["data"] or described_data(content, options.checkpoint)
     if options.batch_size:
         data.batch_size = options.batch_size
     data.prepare_data()
@@ -81,7 +95,7 @@ def compare_command(arguments: list[str]) -> None:
     rows = []
     with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), transient=True) as progress:
         task = progress.add_task("solvers", total=len(solvers) + 1)
-        for row in compare(network, batches, solvers, device):
+        for row in compare(network, batches, solvers, device, options.paths):
             rows.append(row)
             progress.advance(task)
     Console(width=None if sys.stdout.isatty() else 160).print(_table(rows))
@@ -105,7 +119,8 @@ def compare_command(arguments: list[str]) -> None:
     print(f"pictures: {out / 'compare.png'}" + (f", {out / 'steps.png'}" if steps else ""))
 
 
-def _described_data(content: dict[str, Any], path: str) -> ImageData:
+def described_data(content: dict[str, Any], path: str) -> ImageData:
+    """The data that the checkpoint at `path` was trained on."""
     stated = content[KEY].get("data")
     if stated is None:
         raise CheckpointError(f"{path} does not say which data it was trained on: name them, for example --data Digits")
@@ -116,7 +131,9 @@ def _described_data(content: dict[str, Any], path: str) -> ImageData:
 
 
 def _table(rows: Sequence[Row]) -> Table:
-    table = Table(title="one set of weights, many solvers (the first row is the solver of training)")
+    table = Table(
+        title="one set of weights, many solvers (first its own, without noise; after +-: deviation over paths of noise)"
+    )
     headings = (
         "solver",
         "evaluations",
@@ -140,8 +157,8 @@ def _table(rows: Sequence[Row]) -> Table:
             f"{row.evaluations:.1f}",
             f"{row.accepted:.1f}",
             f"{row.rejected:.1f}",
-            f"{100 * row.accuracy:.2f}",
-            f"{row.loss:.4f}",
+            f"{100 * row.accuracy:.2f}" + ("" if row.paths == 1 else f" +- {100 * row.accuracy_deviation:.2f}"),
+            f"{row.loss:.4f}" + ("" if row.paths == 1 else f" +- {row.loss_deviation:.4f}"),
             f"{100 * row.agreement:.2f}",
             f"{row.logit_difference:.2e}",
             f"{row.milliseconds:.3f}",

@@ -43,6 +43,9 @@ CONFIGURATIONS: tuple[Configuration, ...] = (
     ("Leapfrog-26", "leapfrog", {"depth": 26}, CIFAR),
     *((f"ContinuousNet {size}-{size}-{size}", "continuous_resnet", {"size": size}, CIFAR) for size in (2, 8)),
     ("ODE-Net", "odenet", {"stages": 1}, MNIST),
+    ("stochastic depth ResNet-110", "stochastic_depth_resnet", {"depth": 110}, CIFAR),
+    *((f"shake-shake 26 2x{width}d", "shake_shake", {"depth": 26, "width": width}, CIFAR) for width in (32, 64, 96, 112)),
+    ("stochastic LM-ResNet-110", "stochastic_lm_resnet", {"depth": 110}, CIFAR),
     *((f"ResNet-{depth}", "imagenet_resnet", {"depth": depth}, IMAGENET) for depth in (18, 34, 50, 101, 152)),
     ("ResNeXt-50 32x4d", "imagenet_resnet", {"depth": 50, "groups": 32, "group_width": 4}, IMAGENET),
     ("wide ResNet-50-2", "imagenet_resnet", {"depth": 50, "group_width": 128}, IMAGENET),
@@ -109,5 +112,5 @@ def _table(title: str, headings: Sequence[str]) -> Table:
     table = Table(title=title)
     for heading in headings:
         number = heading.isdigit() or heading in ("parameters", "statistics")
-        table.add_column(heading, justify="right" if number else "left")
+        table.add_column(heading, justify="right" if number else "left", no_wrap=heading == "function")
     return table

@@ -9,6 +9,7 @@ from continuum.fields.branches import (
     PolyBranch,
     PreActivation,
     PreBottleneck,
+    ShakeBranch,
     SqueezeExcite,
     Sum,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "PreBottleneck",
     "Scaled",
     "SecondOrder",
+    "ShakeBranch",
     "SqueezeExcite",
     "Sum",
     "TwoColumns",

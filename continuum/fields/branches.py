@@ -90,6 +90,13 @@ class BasicBranch(nn.Module):
         return self.norm2(self.conv2(x))
 
 
+class ShakeBranch(BasicBranch):
+    """The branch of shake-shake's blocks, ReLU-conv3x3-BN-ReLU-conv3x3-BN (arXiv 1705.07485)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.relu(x))
+
+
 class Bottleneck(nn.Module):
     """The post-activation bottleneck conv1x1-BN-ReLU-conv3x3-BN-ReLU-conv1x1-BN (arXiv 1512.03385).
 

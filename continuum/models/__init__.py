@@ -5,6 +5,7 @@ from continuum.models.parts import Augment
 from continuum.models.zoo import (
     antisymmetric,
     continuous_resnet,
+    dropout_resnet,
     fractal_resnet,
     fractalnet,
     hamiltonian,
@@ -15,6 +16,7 @@ from continuum.models.zoo import (
     midpoint,
     mlp,
     momentum_resnet,
+    neural_sde,
     odenet,
     polynet,
     preresnet,
@@ -22,6 +24,9 @@ from continuum.models.zoo import (
     resnext,
     revnet,
     se_resnet,
+    shake_shake,
+    stochastic_depth_resnet,
+    stochastic_lm_resnet,
     wide_resnet,
 )
 
@@ -31,6 +36,7 @@ __all__ = [
     "antisymmetric",
     "builder",
     "continuous_resnet",
+    "dropout_resnet",
     "fractal_resnet",
     "fractalnet",
     "hamiltonian",
@@ -41,6 +47,7 @@ __all__ = [
     "midpoint",
     "mlp",
     "momentum_resnet",
+    "neural_sde",
     "odenet",
     "polynet",
     "preresnet",
@@ -48,5 +55,8 @@ __all__ = [
     "resnext",
     "revnet",
     "se_resnet",
+    "shake_shake",
+    "stochastic_depth_resnet",
+    "stochastic_lm_resnet",
     "wide_resnet",
 ]

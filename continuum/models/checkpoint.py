@@ -118,7 +118,8 @@ def restore(content: dict[str, Any], path: str | os.PathLike[str], builder: Call
         network = build(**stated["arguments"])
         if stated.get("changes"):
             # Under a solver that any change leaves possible; those of the file come next.
-            network = replay(network.with_solver(Adaptive()), stated["changes"])
+            start = network if network.stochastic else network.with_solver(Adaptive())
+            network = replay(start, stated["changes"])
         solvers = list(stated["solvers"])
         if len(solvers) != len(network.flows):
             raise ValueError(f"it lists {len(solvers)} solvers for {len(network.flows)} flows")

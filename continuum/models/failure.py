@@ -3,8 +3,12 @@
 import torch
 from torch import Tensor
 
+from continuum.fields import Field
 from continuum.flow import Flow
 from continuum.models.network import Network, solve_named, transit
+from continuum.noise.base import noise_of, terms
+from continuum.schemes import StochasticScheme
+from continuum.schemes.base import inside, layer_at
 from continuum.solvers import FixedStep, SolveError
 from continuum.solvers.base import rows_not_finite, statistics_untouched
 from continuum.types import Images, State
@@ -47,11 +51,25 @@ def _solve_looking(flow: Flow, x: State, previous: State | None, index: int) -> 
     for count, state in enumerate(states[1:], 1):
         if rows := rows_not_finite(state):
             t, h = steps[count - 1]
-            error = _error("the state is not finite after the step", t, h, rows)
+            reason = "the state is not finite after the step"
+            if isinstance(flow.solver.scheme, StochasticScheme):
+                reason = _term_at_fault(flow.field, t, states[count - 1], h) or reason
+            error = _error(reason, t, h, rows)
             error.evaluations = flow.solver.scheme.evaluations(flow.field, steps[:count])
             error.flow = f"stages.{index}"
             raise error
     return states[-1]
+
+
+def _term_at_fault(field: Field, t: float, x: State, h: float) -> str | None:
+    """Whether it is the drift at the start of a step that is not finite, or the diffusion."""
+    t = inside(field.knots, t, h, 0, x.dtype)
+    layer = layer_at(field, t)
+    noisy = noise_of(layer)
+    drift, diffusion = terms(layer, t, x) if noisy is not None and noisy.training else (layer(t, x), None)
+    if rows_not_finite(drift):
+        return "the drift is not finite"
+    return "the diffusion is not finite" if diffusion is not None and rows_not_finite(diffusion) else None
 
 
 def _error(reason: str, depth: float = 0.0, step: float = 0.0, rows: list[int] | None = None) -> SolveError:

@@ -15,7 +15,7 @@ from continuum.bases import named_basis
 from continuum.flow import Flow
 from continuum.models.parts import NoisyTransition
 from continuum.noise.base import noise_only, stochastic_fields
-from continuum.solvers import Adaptive, SolveError, Solver
+from continuum.solvers import Adaptive, Brownian, SolveError, Solver
 from continuum.solvers.base import restored_on_error
 from continuum.types import Images, Logits, State
 from continuum.weights import Expansion, PiecewiseConstant
@@ -195,13 +195,13 @@ class Network(nn.Module):
         return self._with_flows(lambda flow: flow.frozen(states[flow]) if flow in states else flow)
 
     def forward(self, images: Images) -> Logits:
-        fallible = self.training and any(isinstance(flow.solver, Adaptive) for flow in self.flows)
+        fallible = self.training and any(isinstance(flow.solver, Adaptive | Brownian) for flow in self.flows)
         with restored_on_error(self) if fallible else nullcontext():
             x, previous = self.stem(images), None
             for index, stage in enumerate(self.stages):
                 if not isinstance(stage, Flow):
                     x, previous = transit(stage, x)
-                elif isinstance(stage.solver, Adaptive):
+                elif isinstance(stage.solver, Adaptive | Brownian):
                     x, previous = solve_named(stage, x, index), None
                 else:
                     x, previous = stage(x, previous), None

@@ -146,6 +146,28 @@ class PoolPad(nn.Module):
         return pad(avg_pool2d(x, 2), (0, 0, 0, 0, *self.zeros))
 
 
+class ShiftedPaths(nn.Module):
+    """The shortcut of shake-shake's blocks that change channels: ReLU, two paths to half of them each, BN (arXiv 1705.07485).
+
+    A path is a 1x1 convolution of every `stride`-th pixel; the second sees the image moved by one pixel to the right and down.
+
+    Raises:
+        ValueError: an odd number of `out_channels`.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 2) -> None:
+        super().__init__()
+        if out_channels % 2:
+            raise ValueError(f"the two paths have half of the channels each: an even number is needed, not {out_channels}")
+        self.conv1 = conv1x1(in_channels, out_channels // 2, stride)
+        self.conv2 = conv1x1(in_channels, out_channels // 2, stride)
+        self.norm = nn.BatchNorm2d(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(x)
+        return self.norm(torch.cat([self.conv1(x), self.conv2(pad(x, (1, -1, 1, -1)))], dim=1))
+
+
 def added_channels(in_channels: int, out_channels: int) -> tuple[int, int]:
     """How many channels of zeros to put before and behind.
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from continuum.fields import Field, Momentum
-from continuum.noise.laws import Law
+from continuum.noise.laws import Bernoulli, Law
 from continuum.types import State, Time
 
 Coefficient: TypeAlias = Tensor | float
@@ -214,6 +214,12 @@ def stochastic_fields(module: nn.Module) -> Iterator[StochasticField]:
     elif not isinstance(module, Drift):
         for child in module.children():
             yield from stochastic_fields(child)
+
+
+def drops_branches(field: StochasticField) -> bool:
+    """Whether a draw may leave a branch out for the whole batch, which then has no gradient."""
+    ends = (c for eta in (0.0, 1.0) for c in field.coefficients(0.0, eta))
+    return field.noise == "scalar" and isinstance(field.law(0.0), Bernoulli) and any(float(c) == 0 for c in ends)
 
 
 @contextmanager

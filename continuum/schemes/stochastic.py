@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from continuum.fields import Field, Momentum
 from continuum.noise import ShakeShake, StochasticField
@@ -87,8 +88,8 @@ class EulerMaruyama(StochasticScheme):
     torch.Size([3, 2])
 
     Raises:
-        TypeError: a field without noise, or noise inside other fields; with Brownian increments also the backward modes of
-            shake-shake other than "keep", which are no gradients of a path.
+        TypeError: a field without noise, or noise inside other fields; with Brownian increments, when a gradient is wanted,
+            the backward modes of shake-shake other than "keep", which are no gradients of a path.
     """
 
     increments: Increments = "own"
@@ -97,12 +98,11 @@ class EulerMaruyama(StochasticScheme):
         if self.increments not in get_args(Increments):
             raise ValueError(f"increments are {' or '.join(get_args(Increments))}, not {self.increments!r}")
 
-    def check_noise(self, field: StochasticField) -> None:
-        if self.increments == "brownian":
-            check_path_gradient(field)
-
     def draw(self, field: StochasticField, t: float, x: State, h: float) -> Coefficients:
-        return field.own(t, x, h) if self.increments == "own" else field.brownian(t, x, h)
+        if self.increments == "own":
+            return field.own(t, x, h)
+        check_path_gradient(field, x)
+        return field.brownian(t, x, h)
 
     def step(self, field: Field, t: float, x: State, h: float, memory: Memory) -> tuple[State, Memory]:
         t = inside(field.knots, t, h, 0, x.dtype)
@@ -124,11 +124,11 @@ class Milstein(StochasticScheme):
     entrywise (`Gaussian`). One evaluation of the branches a step, and two backward passes through them for (g . grad) g.
 
     Raises:
-        TypeError: as `EulerMaruyama`; and `Dropout`, whose entries are coupled by the field.
+        TypeError: as `EulerMaruyama`; `Dropout`, whose entries are coupled by the field; and where a gradient is wanted, batch
+            statistics in training mode, which torch derives twice at most.
     """
 
     def check_noise(self, field: StochasticField) -> None:
-        check_path_gradient(field)
         if field.noise == "diagonal" and not field.separable:
             raise TypeError(
                 f"Milstein's method needs one noise for all entries, or entries that do not see each other; in "
@@ -136,6 +136,9 @@ class Milstein(StochasticScheme):
             )
 
     def draw(self, field: StochasticField, t: float, x: State, h: float) -> Tensor:
+        check_path_gradient(field, x)
+        if torch.is_grad_enabled() and field.noise == "scalar":
+            check_batch_statistics(field, "Milstein's method")
         device = x.device if field.noise == "diagonal" else torch.device("cpu")
         return math.sqrt(h) * torch.randn(field.size(x), dtype=x.dtype, device=device).to(x.device)
 
@@ -171,9 +174,6 @@ class StochasticTwoStep(StochasticScheme):
         if not any(isinstance(layer, Momentum) for layer in layers_of(field)):
             raise TypeError("StochasticTwoStep steps Momentum(StochasticDepth(f, p)), which holds k; or take EulerMaruyama()")
 
-    def check_noise(self, field: StochasticField) -> None:
-        EulerMaruyama(self.increments).check_noise(field)
-
     def draw(self, field: StochasticField, t: float, x: State, h: float) -> Coefficients:
         return EulerMaruyama(self.increments).draw(field, t, x, h)
 
@@ -199,13 +199,25 @@ class StochasticTwoStep(StochasticScheme):
         return (kept if moved is None else kept + moved), (x, *rest)
 
 
-def check_path_gradient(field: StochasticField) -> None:
-    """Raise TypeError for shake-shake's own backward passes, which are the gradient of no path of an SDE."""
-    if isinstance(field, ShakeShake) and field.backward_mode != "keep":
+def check_path_gradient(field: StochasticField, x: State) -> None:
+    """Raise TypeError where a gradient through Brownian increments is wanted and the field replaces it by its own."""
+    if not (isinstance(field, ShakeShake) and field.backward_mode != "keep" and torch.is_grad_enabled()):
+        return
+    if x.requires_grad or any(parameter.requires_grad for parameter in field.parameters()):
         raise TypeError(
             f"ShakeShake(backward_mode={field.backward_mode!r}) replaces the coefficients on the way back, which is no "
             "gradient of any path of the SDE: build it with backward_mode='keep', or take EulerMaruyama('own')"
         )
+
+
+def check_batch_statistics(field: StochasticField, method: str) -> None:
+    """Raise TypeError for BatchNorm in training mode, where `method` needs a third derivative."""
+    for name, module in field.named_modules():
+        if isinstance(module, _BatchNorm) and module.training and any(p.requires_grad for p in field.parameters()):
+            raise TypeError(
+                f"{method} differentiates three times, and torch has two derivatives of batch statistics: {name} is a "
+                f"{type(module).__name__} in training mode. Take GroupNorm, or Euler-Maruyama's method with the direct gradient"
+            )
 
 
 def self_derivative(layer: Field, t: float, x: State) -> tuple[State, State, State]:

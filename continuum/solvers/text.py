@@ -25,6 +25,7 @@ from continuum.schemes import (
 )
 from continuum.solvers.adaptive import METHODS, PAIRS, Adaptive, Embedded
 from continuum.solvers.base import Solver
+from continuum.solvers.brownian import Brownian
 from continuum.solvers.fixed import FixedStep
 
 KNOWN = (
@@ -61,10 +62,18 @@ ADAPTIVE_OPTIONS: dict[str, Callable[[str], object]] = {
     "max_step": float,
     "max_evaluations": int,
 }
+BROWNIAN_OPTIONS: dict[str, Callable[[str], object]] = {
+    "method": str,
+    "h": float,
+    "rtol": float,
+    "atol": float,
+    "gradient": str,
+}
 
 
 def parse(text: str) -> Solver:
-    """The solver that `text` names, such as euler, rk4:h=0.5, adams_bashforth:order=3,h=0.25 or dopri5:rtol=1e-4,atol=1e-4.
+    """The solver that `text` names, such as euler, rk4:h=0.5, adams_bashforth:order=3,h=0.25, dopri5:rtol=1e-4,atol=1e-4
+    or brownian:method=milstein,h=0.25.
 
     An adaptive name with h (or grid=0/0.5/1) is that pair's scheme with fixed steps.
 
@@ -81,9 +90,12 @@ def parse(text: str) -> Solver:
         return FixedStep(Embedded(name), **_values(text, options, FIXED_OPTIONS))  # pyright: ignore[reportArgumentType]
     if name in METHODS:
         return Adaptive(name, **_values(text, options, ADAPTIVE_OPTIONS))  # pyright: ignore[reportArgumentType]
+    if name == "brownian":
+        return Brownian(**_values(text, options, BROWNIAN_OPTIONS))  # pyright: ignore[reportArgumentType]
     if name not in SCHEMES:
         raise ValueError(
-            f"unknown solver {name!r} in {text!r}; fixed-step: {', '.join(SCHEMES)}; adaptive: {', '.join(METHODS)}"
+            f"unknown solver {name!r} in {text!r}; fixed-step: {', '.join(SCHEMES)}; adaptive: {', '.join(METHODS)}; "
+            "on a Brownian path: brownian"
         )
     own: dict[str, Callable[[str], object]] = {f.name: type(f.default) for f in fields(cast(Any, SCHEMES[name]))}
     values = _values(text, options, {**own, **FIXED_OPTIONS})

@@ -151,7 +151,8 @@ def _carry_over(old: Optimizer, new: Optimizer, origins: dict[Tensor, Tensor]) -
 class WritePredictions(BasePredictionWriter):
     """Writes `predictions.csv` after `predict`: one row an image with its class and the probability of each class.
 
-    It goes to `folder`, or to the trainer's log folder.
+    Where the noise is sampled, the probabilities are means over the samples, and columns s(class) hold their standard
+    deviations. It goes to `folder`, or to the trainer's log folder.
     """
 
     def __init__(self, folder: str | None = None) -> None:
@@ -165,16 +166,20 @@ class WritePredictions(BasePredictionWriter):
         predictions: Sequence[Any],
         batch_indices: Sequence[Any],
     ) -> None:
-        probabilities = torch.cat(_flat(predictions))
+        samples = torch.cat(_flat(predictions))
+        probabilities = samples.mean(dim=2) if samples.dim() == 3 else samples
+        correction = 1 if samples.shape[-1] > 1 else 0
+        spread = samples.std(dim=2, correction=correction) if samples.dim() == 3 else samples.new_empty(len(samples), 0)
         classes = list(getattr(getattr(trainer, "datamodule", None), "classes", None) or range(probabilities.shape[1]))
         folder = Path(self.folder or trainer.log_dir or trainer.default_root_dir)
         name = "predictions.csv" if trainer.world_size == 1 else f"predictions-rank{trainer.global_rank}.csv"
         with whole_file(folder / name) as temporary, open(temporary, "w", newline="") as file:
             rows = csv.writer(file)
-            rows.writerow(["image", "class", *(f"p({c})" for c in classes)])
-            for index, row in enumerate(probabilities.tolist()):
+            deviations = [f"s({c})" for c in classes] if spread.shape[1] else []
+            rows.writerow(["image", "class", *(f"p({c})" for c in classes), *deviations])
+            for index, (row, widths) in enumerate(zip(probabilities.tolist(), spread.tolist(), strict=True)):
                 best = max(range(len(row)), key=row.__getitem__)
-                rows.writerow([index, classes[best], *(f"{p:.6f}" for p in row)])
+                rows.writerow([index, classes[best], *(f"{value:.6f}" for value in (*row, *widths))])
         if trainer.is_global_zero:
             print(f"predictions: {folder / name}")
 

@@ -1,11 +1,13 @@
 """Classification of images by any network: cross-entropy, SGD with Nesterov momentum, a learning-rate schedule."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
@@ -16,8 +18,13 @@ from continuum.fields import Momentum
 from continuum.models import Network
 from continuum.models.checkpoint import KEY, CheckpointError, description, replay
 from continuum.models.failure import find_failure
+from continuum.noise.base import drops_branches, stochastic_fields
 from continuum.solvers import SolveError
 from continuum.training.data import ImageData
+from continuum.training.images import keyed_seed
+
+NOISE = "noise_seed"
+"""Where a training checkpoint holds the seed of the noise."""
 
 Batch = tuple[Tensor, Tensor]
 """Images, (batch, channels, height, width) in float32, and labels, (batch,) in int64."""
@@ -72,8 +79,10 @@ class Classifier(pl.LightningModule):
         weight_decay: on all parameters except the k of LM-ResNet, which it would pull away from ResNet.
         label_smoothing: the share of the target spread evenly over the classes.
         schedule: OneCycle, or Steps; None keeps the learning rate.
+        samples: how often `predict` draws the noise of a stochastic network; 0 is the drift alone.
 
     Raises:
+        ValueError: a negative number of samples.
         SolveError: a solve failed, or the loss is not finite; before any weight has changed, and with BatchNorm's buffers as
             they were after the last good step. Under several ranks all of them raise.
     """
@@ -86,13 +95,18 @@ class Classifier(pl.LightningModule):
         weight_decay: float = 1e-4,
         label_smoothing: float = 0.0,
         schedule: Schedule | None = None,
+        samples: int = 0,
     ) -> None:
         super().__init__()
+        if samples < 0:
+            raise ValueError(f"samples is how often a stochastic network predicts each image, not {samples}")
         self.network = network
         self.learning_rate = learning_rate
         self.momentum = momentum
         self.weight_decay = weight_decay
         self.schedule = schedule
+        self.samples = samples
+        self.noise_seed: int | None = None
         self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
         self.train_accuracy = MulticlassAccuracy(None, average="micro")
         self.val_accuracy = MulticlassAccuracy(None, average="micro")
@@ -106,11 +120,13 @@ class Classifier(pl.LightningModule):
         buffers = [(buffer, buffer.clone()) for buffer in self.network.buffers()]
         loss, failure = None, None
         try:
-            logits = self(images)
+            with self._noise_of_step(batch_idx):
+                logits = self(images)
             loss = self.loss(logits, labels)
             # The one look at the device a step: fixed steps check nothing themselves.
             if not torch.isfinite(loss):
-                failure = find_failure(self.network, images)
+                with self._noise_of_step(batch_idx):
+                    failure = find_failure(self.network, images)
         except SolveError as error:
             failure = error
         if not self._all_ranks_solved(failure is None):
@@ -125,6 +141,36 @@ class Classifier(pl.LightningModule):
         self.train_accuracy(logits.detach(), labels)
         self.log("train/accuracy", self.train_accuracy, on_step=False, on_epoch=True, prog_bar=True)
         return loss
+
+    @contextmanager
+    def _noise_of_step(self, batch_idx: int) -> Iterator[None]:
+        """Torch's generators as they are for this step alone, by (seed, epoch, step, rank); its flows draw in their order.
+
+        So a resumed run draws what the uninterrupted one would have, and every rank something else.
+        """
+        device = self.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(keyed_seed("noise", self.noise_seed, self.current_epoch, batch_idx, self.global_rank))
+            yield
+
+    def on_fit_start(self) -> None:
+        """Take the seed of the noise from torch's generator, unless a checkpoint has brought it.
+
+        Raises:
+            ValueError: a network that drops branches, under DistributedDataParallel that waits for all of their gradients.
+        """
+        self._take_noise_seed()
+        strategy = self.trainer.strategy
+        waits = isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters", False)
+        if waits and any(map(drops_branches, stochastic_fields(self.network))):
+            raise ValueError(
+                "a branch that is dropped has no gradient, and DistributedDataParallel would wait for it: train with "
+                "strategy='ddp_find_unused_parameters_true'"
+            )
+
+    def _take_noise_seed(self) -> None:
+        if self.noise_seed is None:
+            self.noise_seed = torch.initial_seed()
 
     def _all_ranks_solved(self, here: bool) -> bool:
         return here if self.trainer.world_size == 1 else self.trainer.strategy.reduce_boolean_decision(here, all=True)
@@ -143,8 +189,23 @@ class Classifier(pl.LightningModule):
         self.log(f"{stage}/accuracy", accuracy, on_step=False, on_epoch=True, prog_bar=True)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The probabilities of the classes, (batch, classes)."""
-        return torch.softmax(self(batch[0]), dim=1)
+        """The probabilities of the classes, (batch, classes); with `samples`, one such table a sample of the noise, stacked
+        on a third axis at the end.
+        """
+        if not self.samples:
+            return torch.softmax(self(batch[0]), dim=1)
+        with self._noise_of_step(batch_idx):
+            return torch.softmax(self.network.sample(batch[0], self.samples), dim=2).permute(1, 2, 0)
+
+    def on_predict_start(self) -> None:
+        """Take the seed of the noise.
+
+        Raises:
+            TypeError: samples of a network without noise.
+        """
+        self._take_noise_seed()
+        if self.samples and not self.network.stochastic:
+            raise TypeError("samples need noise, and no field of this network is a StochasticField: leave samples at 0")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         friction = {id(module.k) for module in self.network.modules() if isinstance(module, Momentum)}
@@ -165,7 +226,8 @@ class Classifier(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self.schedule.interval}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Let the checkpoint say how to build the network, and on which data it was trained."""
+        """Let the checkpoint say how to build the network, on which data it was trained, and the seed of its noise."""
+        checkpoint[NOISE] = self.noise_seed
         if self.network.blueprint is None:
             return
         checkpoint[KEY] = description(self.network)
@@ -174,11 +236,12 @@ class Classifier(pl.LightningModule):
             checkpoint[KEY]["data"] = {"class": type(data).__name__, "arguments": data.arguments}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refine and project the network as the checkpoint's was, so that its weights fit.
+        """Refine and project the network as the checkpoint's was, so that its weights fit; go on with its noise.
 
         Raises:
             CheckpointError: this network was changed otherwise.
         """
+        self.noise_seed = checkpoint.get(NOISE, self.noise_seed)
         if self.network.blueprint is None or KEY not in checkpoint:
             return
         known = [list(change) for change in self.network.blueprint.changes]

@@ -21,10 +21,15 @@ RawBatch = tuple[Tensor, Tensor, int]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+def keyed_seed(*key: object) -> int:
+    """A seed that depends on `key` alone."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
 def keyed_generator(*key: object) -> torch.Generator:
     """A generator on the CPU whose numbers depend on `key` alone."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.Generator().manual_seed(keyed_seed(*key))
 
 
 class DataError(ValueError):

@@ -15,6 +15,13 @@ from continuum.analysis.plain.parts import Arguments, Layer, Weights, bare
 from continuum.analysis.plain.post_activation import imagenet_resnet, polynet, resnet, resnext, se_resnet
 from continuum.analysis.plain.pre_activation import fractal_resnet, lm_resnet, momentum_resnet, preresnet, wide_resnet
 from continuum.analysis.plain.reversible import antisymmetric, hamiltonian, leapfrog, midpoint, revnet
+from continuum.analysis.plain.stochastic import (
+    dropout_resnet,
+    neural_sde,
+    shake_shake,
+    stochastic_depth_resnet,
+    stochastic_lm_resnet,
+)
 
 Plain: TypeAlias = Callable[[Weights, Arguments, Tensor], Iterator[Layer]]
 
@@ -39,6 +46,11 @@ PLAIN: dict[str, Plain] = {
     "continuous_resnet": continuous_resnet,
     "odenet": odenet,
     "mlp": mlp,
+    "stochastic_depth_resnet": stochastic_depth_resnet,
+    "shake_shake": shake_shake,
+    "stochastic_lm_resnet": stochastic_lm_resnet,
+    "dropout_resnet": dropout_resnet,
+    "neural_sde": neural_sde,
 }
 """The plain loop of each builder, by the builder's name."""
 

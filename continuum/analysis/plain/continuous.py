@@ -131,14 +131,7 @@ def _move(nodes: Tensor, seen: Tensor, shares: Mapping[int, float]) -> None:
 def odenet(w: Weights, arguments: Arguments, images: Tensor) -> Iterator[Layer]:
     """x' = GN conv(t, relu GN conv(t, relu GN x)), from depth 0 to 1 in each of one or three flows."""
     outer = group_norm if arguments["stages"] == 1 else norm
-    if arguments["stages"] == 1 and arguments["downsample"]:
-        x = F.conv2d(images, w["stem.0.weight"], w["stem.0.bias"])
-        x = F.relu(group_norm(w.at("stem.1"), x))
-        x = F.conv2d(x, w["stem.3.weight"], w["stem.3.bias"], stride=2, padding=1)
-        x = F.relu(group_norm(w.at("stem.4"), x))
-        x = F.conv2d(x, w["stem.6.weight"], w["stem.6.bias"], stride=2, padding=1)
-    else:
-        x = conv(w.at("stem"), images)
+    x = odenet_stem(w.at("stem"), images, arguments["stages"] == 1 and arguments["downsample"])
     yield "stem", x
     for stage in range(arguments["stages"]):
         if stage:
@@ -146,13 +139,22 @@ def odenet(w: Weights, arguments: Arguments, images: Tensor) -> Iterator[Layer]:
             x = F.conv2d(F.relu(outer(v.at("norm"), x)), v["conv.weight"], v["conv.bias"], stride=2, padding=1)
             yield f"stages.{2 * stage - 1}", x
         place = f"stages.{2 * stage}"
-        branch = partial(_odenet_branch, w.at(place))
+        branch = partial(odenet_branch, w.at(place))
         x = yield from flow(place, arguments["solver"], lambda k, f=branch: f, x, 1)
     x = F.relu(outer(w.at("head.norm"), x)).mean(dim=(2, 3))
     yield "head", linear(w.at("head.linear"), x)
 
 
-def _odenet_branch(w: Weights, t: float, x: Tensor) -> Tensor:
+def odenet_stem(w: Weights, images: Tensor, downsample: bool) -> Tensor:
+    """Three convolutions to a quarter of the size, or a single one."""
+    if not downsample:
+        return conv(w, images)
+    x = F.relu(group_norm(w.at("1"), F.conv2d(images, w["0.weight"], w["0.bias"])))
+    x = F.relu(group_norm(w.at("4"), F.conv2d(x, w["3.weight"], w["3.bias"], stride=2, padding=1)))
+    return F.conv2d(x, w["6.weight"], w["6.bias"], stride=2, padding=1)
+
+
+def odenet_branch(w: Weights, t: float, x: Tensor) -> Tensor:
     depth = torch.full_like(x[:, :1], t)
     y = conv(w.at("conv1"), torch.cat([depth, F.relu(group_norm(w.at("norm1"), x))], dim=1))
     y = conv(w.at("conv2"), torch.cat([depth, F.relu(group_norm(w.at("norm2"), y))], dim=1))

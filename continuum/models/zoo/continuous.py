@@ -81,11 +81,12 @@ def odenet(
             modules.append(Downsample(channels // 2, channels, norm(channels // 2)))
         modules.append(Flow(ODENetBranch(channels), solver, depth=1))
     channels = width * 2 ** (stages - 1)
-    stem = _mnist_stem(in_channels, width) if stages == 1 and downsample else nn.Conv2d(in_channels, width, 3, padding=1)
+    stem = mnist_stem(in_channels, width) if stages == 1 and downsample else nn.Conv2d(in_channels, width, 3, padding=1)
     return Network(stem, modules, PooledHead(norm(channels), channels, num_classes))
 
 
-def _mnist_stem(in_channels: int, width: int) -> nn.Sequential:
+def mnist_stem(in_channels: int, width: int) -> nn.Sequential:
+    """Three convolutions with GroupNorm and ReLU between them, to a quarter of the size."""
     return nn.Sequential(
         nn.Conv2d(in_channels, width, 3),
         group_norm(width),

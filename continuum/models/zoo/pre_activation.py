@@ -49,7 +49,7 @@ def preresnet(
         field = Autonomous(branch(channels, channels, 1))
         return field if scale == 1 else field.scaled(scale)
 
-    return _pre_activation(blocks, num_classes, width, in_channels, expansion, branch, layer, solver)
+    return pre_activation(blocks, num_classes, width, in_channels, expansion, branch, layer, solver)
 
 
 @builder
@@ -74,7 +74,7 @@ def lm_resnet(
         field = Autonomous(branch(channels, channels, 1))
         return field if first else Momentum(field)
 
-    return _pre_activation(blocks, num_classes, width, in_channels, expansion, branch, layer, solver)
+    return pre_activation(blocks, num_classes, width, in_channels, expansion, branch, layer, solver)
 
 
 @builder
@@ -99,7 +99,7 @@ def lm_resnext(
     def layer(channels: int, first: bool) -> Field:
         return Momentum(Autonomous(branch(channels, channels, 1)))
 
-    return _pre_activation(blocks_of(depth, 9), num_classes, width, in_channels, 4, branch, layer, solver)
+    return pre_activation(blocks_of(depth, 9), num_classes, width, in_channels, 4, branch, layer, solver)
 
 
 @builder
@@ -127,7 +127,7 @@ def momentum_resnet(
         field.k.requires_grad_(False)
         return field
 
-    network = _pre_activation(blocks_of(depth, 6), num_classes, width, in_channels, 1, PreActivation, layer, solver)
+    network = pre_activation(blocks_of(depth, 6), num_classes, width, in_channels, 1, PreActivation, layer, solver)
     stages: list[nn.Module] = []
     for stage in network.stages:
         stages += [AtRest(), stage] if isinstance(stage, Flow) else [stage]
@@ -185,7 +185,7 @@ def fractal_resnet(
     def layer(channels: int, first: bool) -> Field:
         return TwoColumns(Autonomous(PreActivation(channels, channels)), Autonomous(PreActivation(channels, channels)))
 
-    return _pre_activation(blocks_of(depth, 6), num_classes, width, in_channels, 1, PreActivation, layer, solver)
+    return pre_activation(blocks_of(depth, 6), num_classes, width, in_channels, 1, PreActivation, layer, solver)
 
 
 def _branch(block: Block, depth: int) -> tuple[Branch, int, list[int]]:
@@ -199,7 +199,7 @@ def _branch(block: Block, depth: int) -> tuple[Branch, int, list[int]]:
     return (PreActivation, 1, blocks_of(depth, 6)) if block == "basic" else (bottleneck, 4, blocks_of(depth, 9))
 
 
-def _pre_activation(
+def pre_activation(
     blocks: Sequence[int],
     num_classes: int,
     width: int,

@@ -1,0 +1,245 @@
+"""A stochastic network beside its SDE: the noise of every layer, and the weak error E g(network) - E g(SDE) of its logits."""
+
+import csv
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from continuum.analysis.convergence import SDE, CoupledPath, forked_devices, mean_of, run_coupled
+from continuum.fields import Field
+from continuum.files import whole_file
+from continuum.flow import Flow
+from continuum.models import Network
+from continuum.models.network import transit
+from continuum.noise import Law, noise_only
+from continuum.noise.base import noise_of, stochastic_fields
+from continuum.schemes import EulerMaruyama, StochasticTwoStep
+from continuum.schemes.base import inside, layer_at
+from continuum.solvers import Adaptive, FixedStep
+from continuum.types import Images, State
+from continuum.weights import PiecewiseConstant
+
+
+@dataclass(frozen=True)
+class LayerNoise:
+    """The noise of a layer: the law of eta, and the first four moments of the increment xi = (eta - mean) / deviation.
+
+    `confidence` holds the half-widths of moments that were sampled, zeros where they are exact. `bound` is sqrt(h), h = 1 / L
+    in a flow of L layers. A deterministic layer, or one that always counts, has no noise: its moments are NaN.
+    """
+
+    layer: str
+    depth: int
+    law: str
+    mean: float
+    deviation: float
+    moments: tuple[float, ...]
+    confidence: tuple[float, ...]
+    bound: float
+
+    @property
+    def noisy(self) -> bool:
+        return self.deviation > 0
+
+    @property
+    def asymmetry(self) -> float:
+        """E (eta - mean)^3 / variance: 1 - 2 p for Bernoulli(p)."""
+        return self.moments[2] * self.deviation
+
+    @property
+    def small(self) -> bool:
+        """|E xi^3| <= sqrt(h): the condition E xi^3 = O(sqrt h) of weak order 1 with a constant of one.
+
+        A convention. What the O asks is how the moment falls as a family of networks grows deeper; one network cannot say.
+        """
+        return not self.noisy or abs(self.moments[2]) <= self.bound
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How far two expectations of g are apart, E g of one minus E g of the other, with its 95% half-width.
+
+    `between` "h=1" and "h=1/2": the network, and the same with half its step, minus the SDE. "evaluation": the network as it
+    evaluates minus the network with its noise. `value` is the E g subtracted, `number` the class.
+    """
+
+    test: str
+    number: int
+    between: str
+    value: float
+    error: float
+    confidence: float
+
+
+@dataclass(frozen=True)
+class WeakReport:
+    """The noise of every layer of a network's flows, and how far the network is from its SDE."""
+
+    layers: list[LayerNoise]
+    gaps: list[Gap]
+
+    def largest(self) -> dict[str, dict[str, Gap]]:
+        """Of every test its gaps, by `between`, for the class that is furthest from the SDE at h = 1."""
+        found: dict[str, dict[str, Gap]] = {}
+        for test in dict.fromkeys(gap.test for gap in self.gaps):
+            gaps = [gap for gap in self.gaps if gap.test == test]
+            worst = max((gap for gap in gaps if gap.between == "h=1"), key=lambda gap: abs(gap.error))
+            found[test] = {gap.between: gap for gap in gaps if gap.number == worst.number}
+        return found
+
+
+@torch.no_grad()
+def weak_report(
+    network: Network, images: Images, paths: int, steps_per_layer: int, seed: int, labels: Tensor | None = None
+) -> WeakReport:
+    """How far `network` with its noise, one step of h = 1 a layer, is from the SDE on these images; the rest evaluates.
+
+    g are a class's logit, its square, its cube and its probability, averaged over the images; with `labels` also accuracy. The
+    SDE is Euler-Maruyama's method with `steps_per_layer` Brownian steps a layer, whose own error, O(1 / steps_per_layer), is in
+    the gaps. All sides have common normals in a flow and the same draws in a transition, which is no step of an equation; a
+    flow without noise runs as it is. Under `Momentum` the network takes its two-step scheme, the SDE (1 + k) dx = f dt + g dB.
+
+    Raises:
+        TypeError: a network without noise.
+        ValueError: fewer than two paths, an odd `steps_per_layer`, or a flow with noise of no whole number of layers.
+    """
+    if not network.stochastic:
+        raise TypeError(
+            "this network has no noise, so there is no SDE for it to be near to: no field in it is a StochasticField"
+        )
+    if paths < 2 or steps_per_layer < 2 or steps_per_layer % 2:
+        raise ValueError(f"needs two or more paths and an even number of steps a layer, not {paths} and {steps_per_layer}")
+    if wrong := [flow.depth for flow in network.flows if _noisy(flow) and flow.depth != round(flow.depth)]:
+        raise ValueError(f"one step a layer needs flows of whole depths, not {wrong[0]:g}")
+    # One step a layer, whatever the network's own solver: what it evaluates is then comparable.
+    network = network._with_flows(lambda flow: flow.with_solver(FixedStep(_own(flow))) if _noisy(flow) else flow)
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    generator = torch.Generator(images.device).manual_seed(seed)
+    try:
+        with torch.random.fork_rng(devices=forked_devices(images)), noise_only(network):
+            layers = _layers(network, images.dtype, seed)
+            evaluated = _tests(network.drift()(images), labels)
+            sampled = [
+                [_tests(logits, labels) for logits in _logits(network, images, steps_per_layer, generator)]
+                for _ in range(paths)
+            ]
+    finally:
+        for module, training in modes:
+            module.training = training
+    gaps: list[Gap] = []
+    for name, expected in evaluated.items():
+        one, half, sde = (torch.stack([path[side][name] for path in sampled]) for side in range(3))
+        for between, of, base in (("h=1", one, sde), ("h=1/2", half, sde), ("evaluation", expected.expand_as(one), one)):
+            for number in range(len(expected)):
+                value = float(base[:, number].mean())
+                gaps.append(Gap(name, number, between, value, *mean_of(of[:, number] - base[:, number])))
+    return WeakReport(layers, gaps)
+
+
+def _tests(logits: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+    """The averages over images of every g, (classes,) each; accuracy is (1,)."""
+    logits = logits.double()
+    found = {"logit": logits, "logit squared": logits**2, "logit cubed": logits**3, "probability": logits.softmax(1)}
+    if labels is not None:
+        found["accuracy"] = (logits.argmax(1) == labels).double()[:, None]
+    return {name: values.mean(0) for name, values in found.items()}
+
+
+def _logits(network: Network, images: Images, steps_per_layer: int, generator: torch.Generator) -> list[Tensor]:
+    """Logits by common noise: of the network, of the network at h = 1/2, of the SDE."""
+    states: list[tuple[State, State | None]] = [(network.stem(images), None)] * 3
+    for stage in network.stages:
+        if isinstance(stage, Flow) and _noisy(stage):
+            states = [(x, None) for x in _flowed(stage, states, steps_per_layer, generator)]
+        elif isinstance(stage, Flow):
+            fixed = not isinstance(stage.solver, Adaptive)
+            states = [(stage(x, previous if fixed else None), None) for x, previous in states]
+        else:
+            seed = int(torch.randint(2**31, (1,), generator=generator, device=images.device))
+            after: list[tuple[State, State | None]] = []
+            for x, _ in states:
+                torch.manual_seed(seed)
+                after.append(transit(stage, x))
+            states = after
+    return [network.head(x) for x, _ in states]
+
+
+def _flowed(
+    flow: Flow, states: Sequence[tuple[State, State | None]], steps_per_layer: int, generator: torch.Generator
+) -> list[State]:
+    """The states after a flow with noise: by its own law at h = 1 and h = 1/2, and by the SDE."""
+    own, layers = _own(flow), round(flow.depth)
+    paths: list[CoupledPath] = []
+    for scheme, (x, previous), m in zip((own, own, SDE), states, (1, 2, steps_per_layer), strict=True):
+        before = None if previous is None else torch.lerp(x, previous, 1 / (m * flow.refined))
+        paths.append(CoupledPath(scheme, m * layers, x, before))
+    run_coupled(flow.field, flow.depth, paths, steps_per_layer * layers, generator)
+    return [path.x for path in paths]
+
+
+def _own(flow: Flow) -> EulerMaruyama | StochasticTwoStep:
+    """The scheme of a flow with noise, one-step or two-step, with increments by its own law."""
+    two_step = isinstance(flow.solver, FixedStep) and isinstance(flow.solver.scheme, StochasticTwoStep)
+    return StochasticTwoStep("own") if two_step else EulerMaruyama("own")
+
+
+def _noisy(flow: Flow) -> bool:
+    return any(True for _ in stochastic_fields(flow))
+
+
+def _layers(network: Network, dtype: torch.dtype, seed: int) -> list[LayerNoise]:
+    """The noise of all layers of the flows, in order."""
+    torch.manual_seed(seed)  # for laws without closed-form moments
+    found: list[LayerNoise] = []
+    for index, stage in enumerate(network.stages):
+        if isinstance(stage, Flow):
+            for n in range(math.ceil(stage.depth)):
+                name = f"stages.{index}.field" + (f".layers.{n}" if isinstance(stage.field, PiecewiseConstant) else "")
+                t = inside(stage.field.knots, float(n), 1.0, 0, dtype)
+                found.append(_layer(name, stage.field, t, 1 / math.sqrt(stage.depth)))
+    return found
+
+
+def _layer(name: str, field: Field, t: float, bound: float) -> LayerNoise:
+    noisy = noise_of(layer_at(field, t))
+    if noisy is None or not any(noisy.deviations(t)):
+        return LayerNoise(name, math.floor(t), "no noise", math.nan, 0.0, (math.nan,) * 4, (0.0,) * 4, bound)
+    law = noisy.law(t)
+    return LayerNoise(name, math.floor(t), str(law), law.mean, law.deviation, *_moments(law), bound)
+
+
+def _moments(law: Law) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """E xi^k for k = 1, ..., 4, exact or from a million samples, and the half-widths of their confidence intervals."""
+    try:
+        nodes = [((eta - law.mean) / law.deviation, weight) for eta, weight in law.nodes(4)]
+    except TypeError:
+        xi = (law.draw((10**6,), torch.float64, torch.device("cpu")) - law.mean) / law.deviation
+        means = [mean_of(xi**k) for k in range(1, 5)]
+        return tuple(mean for mean, _ in means), tuple(half for _, half in means)
+    return tuple(math.fsum(weight * xi**k for xi, weight in nodes) for k in range(1, 5)), (0.0,) * 4
+
+
+def write_csv(report: WeakReport, path: str | os.PathLike[str]) -> None:
+    """The gaps, a line each."""
+    with whole_file(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(Gap.__dataclass_fields__))
+        writer.writeheader()
+        writer.writerows(asdict(gap) for gap in report.gaps)
+
+
+def write_json(report: WeakReport, facts: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Layers and gaps under the `facts` of the run; the moments of a layer without noise are null."""
+    layers: list[dict[str, Any]] = []
+    for layer in report.layers:
+        numbers = {"mean": layer.mean, "moments": layer.moments, "asymmetry": layer.asymmetry}
+        layers.append(asdict(layer) | ({"small": layer.small} | numbers if layer.noisy else dict.fromkeys(numbers)))
+    content = {**facts, "layers": layers, "gaps": [asdict(gap) for gap in report.gaps]}
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
