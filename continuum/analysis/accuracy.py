@@ -7,22 +7,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from continuum.analysis.convergence import limit_moment, linear_moment, order
 from continuum.fields import Autonomous, Coupled, Field, Momentum, PreActivation, TwoColumns
 from continuum.flow import Flow
+from continuum.noise import StochasticDepth
 from continuum.schemes import (
     RK4,
     AdamsBashforth,
     Coupling,
     Euler,
+    EulerMaruyama,
     Fractal,
     Heun,
     Kutta3,
     Leapfrog,
     LinearTwoStep,
     Midpoint,
+    Milstein,
     NeumannSeries,
     ReversibleScheme,
     Scheme,
+    StochasticTwoStep,
     TwoStepMidpoint,
     Verlet,
 )
@@ -35,7 +40,11 @@ from continuum.weights import PiecewiseConstant
 ONE_STEP = (Euler(), Midpoint(), Heun(), Kutta3(), RK4())
 MULTISTEP = (*map(AdamsBashforth, (2, 3, 4)), LinearTwoStep(), TwoStepMidpoint())
 REVERSIBLE = (Coupling(), Leapfrog(), Verlet(), TwoStepMidpoint(), LinearTwoStep())
-SCHEMES: tuple[Scheme, ...] = (*ONE_STEP, *MULTISTEP, NeumannSeries(2), NeumannSeries(3), Fractal(), *REVERSIBLE[:3])
+STOCHASTIC = (EulerMaruyama("own"), EulerMaruyama("brownian"), Milstein(), StochasticTwoStep())
+SCHEMES: tuple[Scheme, ...] = (
+    *(*ONE_STEP, *MULTISTEP, NeumannSeries(2), NeumannSeries(3), Fractal(), *REVERSIBLE[:3]),
+    *STOCHASTIC,
+)
 
 START = torch.tensor([[0.1, 0.3], [0.5, 0.8]], dtype=torch.float64)
 
@@ -72,10 +81,19 @@ PENDULUM = Coupled(Equation(lambda t, v: v), Equation(lambda t, q: 0.3 * math.co
 
 @torch.no_grad()
 def scheme_orders() -> Iterator[Order]:
-    """The measured order of every scheme, in float64 on smooth fields with a known solution, between h = 1/128 and 1/256."""
+    """The measured order of every scheme, in float64 on smooth fields with a known solution, between h = 1/128 and 1/256.
+
+    Of stochastic schemes it is the weak order, in the second moment of a linear equation with stochastic depth, p = 1/2, which
+    is known without sampling; of `StochasticTwoStep` the order of its drift.
+    """
     season = START / (START + (1 - START) * math.exp(-math.sin(2.0)))
     swing = Flow(PENDULUM, "dopri8:rtol=1e-13,atol=1e-13", 2)(START)
     for scheme in SCHEMES:
+        if isinstance(scheme, EulerMaruyama | Milstein):
+            half = StochasticDepth(SEASONS, 0.5)
+            moments = [linear_moment(half, scheme, [1.0], steps, power=2) for steps in (128, 256)]
+            yield Order(scheme, order((128, 256), [moment - limit_moment(half, [1.0], power=2) for moment in moments]))
+            continue
         field = _suited(scheme)
         solution = swing if isinstance(field, Coupled) else season
         errors = [float((Flow(field, FixedStep(scheme, h=1 / m), 2)(START) - solution).norm()) for m in (128, 256)]
@@ -89,6 +107,8 @@ def _suited(scheme: Scheme) -> Field:
             return PENDULUM
         case LinearTwoStep():
             return Momentum(SEASONS.scaled(0.75), k=-0.25).double()
+        case StochasticTwoStep():
+            return Momentum(StochasticDepth(SEASONS.scaled(0.75), 0.5, "rescaled"), k=-0.25).double().eval()
         case Fractal():  # f = f1 / 2 + f2, but not with the coefficients of a method of order two
             return TwoColumns(SEASONS.scaled(0.4), SEASONS.scaled(0.8))
         case _:
