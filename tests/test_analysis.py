@@ -17,6 +17,44 @@ from continuum.solvers import parse
 CPU = torch.device("cpu")
 
 
+@torch.no_grad()
+def test_stochastic_solvers_run_over_paths_and_deterministic_ones_on_the_drift(
+    batches: list[tuple[Tensor, Tensor]], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    network = continuum.stochastic_depth_resnet(14, width=8, in_channels=1)
+    texts = ("euler_maruyama", "euler_maruyama:increments=brownian,h=0.5", "brownian:method=euler,h=0.5", "rk4:h=0.5")
+    rows = list(compare(network, batches, [parse(text) for text in texts], CPU, paths=4))
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    drift = network.drift().eval()
+    assert [row.paths for row in rows] == [1, 4, 4, 4, 1]
+    assert rows[0].solver == "euler:h=1"
+    assert rows[0].agreement == 1
+    for row, solver in ((rows[0], "euler"), (rows[4], "rk4:h=0.5")):
+        expected = drift.with_solver(solver)(images)
+        assert row.loss == pytest.approx(float(torch.nn.functional.cross_entropy(expected, labels)), rel=1e-5)
+        assert math.isnan(row.loss_deviation)
+    # By hand: a path is a seed, the batches in order, noise on, BatchNorm as in evaluation.
+    losses = []
+    network.eval()
+    for seed in range(4):
+        torch.manual_seed(seed)
+        network.sample(batches[0][0], 1)  # to warm up, which is when memory is measured
+        logits = torch.cat([network.sample(inputs, 1)[0] for inputs, _ in batches])
+        losses.append(float(torch.nn.functional.cross_entropy(logits, labels)))
+    sampled = torch.tensor(losses, dtype=torch.float64)
+    assert rows[1].loss == pytest.approx(float(sampled.mean()), rel=1e-5)
+    assert rows[1].loss_deviation == pytest.approx(float(sampled.std()), rel=1e-4)
+    assert rows[1].loss_deviation > 0
+    assert rows[2].evaluations == 2 * rows[1].evaluations == rows[3].evaluations
+    assert not network.training
+    again = list(compare(network, batches, [parse(texts[0])], CPU, paths=4))
+    assert again[1].loss == rows[1].loss
+    write_csv(rows, tmp_path / "rows.csv")
+    assert "accuracy_deviation" in (tmp_path / "rows.csv").read_text()
+    draw_comparison(rows, tmp_path / "rows.png")
+
+
 def test_peak_memory_is_what_lives_at_once() -> None:
     x = torch.zeros(1000)
 

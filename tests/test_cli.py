@@ -58,6 +58,15 @@ def run(*arguments: str) -> None:
     main(list(arguments))
 
 
+NOISY = """model:
+  network:
+    class_path: continuum.stochastic_depth_resnet
+    init_args:
+      depth: 14
+      width: 8
+      in_channels: 1"""
+
+
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """The one line on which the command gives up, with exit status 2."""
     with pytest.raises(SystemExit) as stop:
@@ -111,6 +120,40 @@ def test_fit_test_predict_compare(tmp_path: Path, capsys: pytest.CaptureFixture[
     data.setup("test")
     correct = [(trained(x).argmax(1) == y).double() for x, y in data.test_batches(50)]
     assert float(rows[0]["accuracy"]) == pytest.approx(float(torch.cat(correct).mean()))
+
+
+def test_a_stochastic_network_is_fitted_sampled_and_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("config.yaml").write_text(CONFIG.replace(NETWORK, NOISY))
+    run("fit", "--config", "config.yaml")
+    checkpoint = "runs/small/checkpoints/last.ckpt"
+    quiet = ("--trainer.accelerator", "cpu", "--trainer.logger", "false")
+    run("predict", "--ckpt_path", checkpoint, "--samples", "3", *quiet)
+    with open("predictions.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 359
+    assert sum(float(rows[0][f"p({c})"]) for c in range(10)) == pytest.approx(1, abs=1e-4)
+    assert any(float(rows[0][f"s({c})"]) > 0 for c in range(10))
+
+    solvers = ["euler_maruyama:h=0.5,increments=brownian", "milstein:h=0.5", "brownian:method=euler,h=1", "rk4:h=1"]
+    capsys.readouterr()
+    arguments = [part for s in solvers for part in ("--solver", s)]
+    run("compare", checkpoint, *arguments, "--images", "40", "--paths", "3", "--device", "cpu")
+    assert "±" in capsys.readouterr().out
+    with open("runs/small/checkpoints/compare/compare.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["paths"] for row in rows] == ["1", "3", "3", "3", "1"]
+    assert rows[0]["solver"] == "euler:h=1"
+    assert float(rows[1]["loss_deviation"]) > 0
+
+    # The drift in a file of its own is a deterministic network with the same answers.
+    trained = continuum.load(checkpoint)
+    continuum.save(trained.drift(), "drift.pt")
+    drift = continuum.load("drift.pt")
+    images = torch.randn(2, 1, 8, 8)
+    assert torch.equal(drift(images), trained(images))
+    assert not drift.stochastic
+    message = refused(capsys, "compare", "drift.pt", "--solver", "euler_maruyama", "--data", "Digits")
+    assert "no noise" in message
 
 
 def test_two_runs_are_equal_and_a_killed_one_resumes() -> None:

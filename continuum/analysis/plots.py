@@ -19,14 +19,18 @@ GAPS = {"h=1": "network and SDE", "h=1/2": "h = 1/2 and SDE", "evaluation": "eva
 
 
 def draw_comparison(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
-    """Accuracy, and the largest difference of the logits from the training solver's, against field evaluations."""
+    """Accuracy, and the largest difference of the logits from the training solver's, against field evaluations.
+
+    Bars are standard deviations over the paths of the noise.
+    """
     solved = [row for row in rows if not row.error]
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for index, row in enumerate(solved):
         style = {"marker": MARKERS[index % len(MARKERS)], "color": f"C{index % 10}", "markersize": 8, "linestyle": "none"}
         label = f"{row.solver} (training)" if index == 0 else row.solver
-        left.plot(row.evaluations, 100 * row.accuracy, label=label, **style)
+        spread = None if math.isnan(row.accuracy_deviation) else 100 * row.accuracy_deviation
+        left.errorbar(row.evaluations, 100 * row.accuracy, spread, label=label, capsize=3, **style)
         if row.logit_difference > 0:
             right.plot(row.evaluations, row.logit_difference, **style)
     left.set_ylabel("accuracy (%)")

@@ -132,7 +132,7 @@ def described_data(content: dict[str, Any], path: str) -> ImageData:
 
 def _table(rows: Sequence[Row]) -> Table:
     table = Table(
-        title="one set of weights, many solvers (first its own, without noise; after +-: deviation over paths of noise)"
+        title="one set of weights, many solvers (first its own, without noise; after ±: deviation over paths of noise)"
     )
     headings = (
         "solver",
@@ -157,8 +157,8 @@ def _table(rows: Sequence[Row]) -> Table:
             f"{row.evaluations:.1f}",
             f"{row.accepted:.1f}",
             f"{row.rejected:.1f}",
-            f"{100 * row.accuracy:.2f}" + ("" if row.paths == 1 else f" +- {100 * row.accuracy_deviation:.2f}"),
-            f"{row.loss:.4f}" + ("" if row.paths == 1 else f" +- {row.loss_deviation:.4f}"),
+            f"{100 * row.accuracy:.2f}" + ("" if row.paths == 1 else f" ± {100 * row.accuracy_deviation:.2f}"),
+            f"{row.loss:.4f}" + ("" if row.paths == 1 else f" ± {row.loss_deviation:.3f}"),
             f"{100 * row.agreement:.2f}",
             f"{row.logit_difference:.2e}",
             f"{row.milliseconds:.3f}",
