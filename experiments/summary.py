@@ -139,6 +139,53 @@ def refinement() -> None:
     table(headings, rows)
 
 
+def noise() -> None:
+    rows = []
+    for path in sorted((RESULTS / "noise").glob("*.json"), reverse=True):
+        runs = json.loads(path.read_text())["runs"]
+        for name in dict.fromkeys(run["noise"] for run in runs):
+            mine = [run for run in runs if run["noise"] == name]
+            rows.append(
+                [
+                    mine[0]["network"],
+                    name,
+                    ", ".join(f"{100 * run['accuracy']:.2f}" for run in mine),
+                    spread([100 * run["accuracy"] for run in mine], 2),
+                    spread([run["train_loss"] for run in mine], 3),
+                    spread([run["loss"] for run in mine], 3),
+                    spread([run["loss"] - run["train_loss"] for run in mine], 3),
+                    f"{statistics.mean(run['seconds'] for run in mine) / 60:.1f}",
+                ]
+            )
+    headings = [
+        "network",
+        "noise",
+        "test accuracy by seed (%)",
+        "mean ± deviation",
+        "training loss",
+        "test loss",
+        "gap",
+        "minutes",
+    ]
+    table(headings, rows)
+
+
+def spread(values: list[float], digits: int) -> str:
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def noise_cost() -> None:
+    content = json.loads((RESULTS / "noise_cost.json").read_text())
+    solvers = [name for name in content["step"][0] if name not in ("state", "noise", "backward")]
+    rows = []
+    for row in content["step"]:
+        way = "forward and backward" if row["backward"] else "forward"
+        rows.append([row["state"], row["noise"], way, *(f"{row[solver]:.2f}" for solver in solvers)])
+    table(["state", "noise", "pass", *(f"`{solver}`" for solver in solvers)], rows)
+    saved, dropped = (100 * content["stochastic depth"][name] for name in ("saved", "dropped"))
+    print(f"stochastic depth: {saved:.1f} % of the time saved, {dropped:.1f} % of the layers dropped\n")
+
+
 def main() -> None:
     solvers()
     training()
@@ -146,6 +193,8 @@ def main() -> None:
         comparison(name)
     refinement()
     reversible()
+    noise()
+    noise_cost()
 
 
 if __name__ == "__main__":
