@@ -77,7 +77,8 @@ class EulerMaruyama(StochasticScheme):
 
     With `increments="own"` the coefficients a_i come from the law of the regulariser, and h = 1 is the discrete network, draw
     for draw; its weak order is 1 where the third moment of the increment is O(sqrt h), otherwise 1/2. With "brownian" they are
-    h m_i + s_i dB (arXiv 1710.10121). A branch whose coefficient is zero for the whole batch is not evaluated.
+    h m_i + s_i dB (arXiv 1710.10121). A branch whose coefficient is zero for the whole batch is not evaluated;
+    the `cost` of a solve counts it nevertheless.
 
     >>> from continuum.fields import MLP
     >>> from continuum.noise import StochasticDepth
