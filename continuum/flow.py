@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from continuum.fields import Field
-from continuum.noise.base import drift
+from continuum.schemes.stochastic import without_noise
 from continuum.solvers import Adaptive, Brownian, Cost, Embedded, FixedStep, Solver, parse
 from continuum.types import State
 from continuum.weights import PiecewiseConstant
@@ -108,14 +108,7 @@ class Flow(nn.Module):
         >>> str(Flow(StochasticDepth(MLP(2, hidden=16), 0.5), "euler_maruyama:h=0.5", depth=1).drift().solver)
         'euler:h=0.5'
         """
-        field = self.field
-        if isinstance(field, PiecewiseConstant):
-            layers = [drift(cast(Field, layer)) for layer in field.layers]
-            field = PiecewiseConstant(layers)
-            field.training = field.layers.training = self.field.training
-        else:
-            field = drift(field)
-        flow = Flow(field, self.solver.without_noise(), self.depth)
+        flow = Flow(without_noise(self.field), self.solver.without_noise(), self.depth)
         flow.refined, flow.training = self.refined, self.training
         return flow
 

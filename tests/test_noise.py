@@ -11,6 +11,7 @@ from torchvision.ops import stochastic_depth
 import continuum
 from continuum import Autonomous, Flow, Momentum, Network, PiecewiseConstant, PostActivation
 from continuum.fields import Scaled
+from continuum.models.parts import NoisyTransition
 from continuum.noise import (
     Bernoulli,
     Drift,
@@ -419,6 +420,66 @@ def test_a_refined_network_goes_on_with_the_same_equation():
     flow(images())
 
 
+@pytest.mark.parametrize("solver", ["milstein:h=0.25", "brownian:method=milstein,h=0.25"])
+def test_milstein_is_itself_in_inference_mode(solver):
+    flow = Flow(StochasticDepth(Autonomous(nn.Sequential(nn.Linear(3, 3), nn.Tanh())), 0.5, per="image"), solver, 1)
+    x = torch.randn(4, 3)
+    results = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        torch.manual_seed(0)
+        with mode():
+            results.append(flow(x + 0))
+    assert torch.equal(*results)
+
+
+def test_a_scaled_layer_behind_the_sum_is_a_share_of_the_layer():
+    """Refined stochastic depth converges to the flow of its evaluation field, as a smaller step does."""
+    field = StochasticDepth(PostActivation(nn.Linear(1, 1, dtype=FLOAT64)), 0.5).eval()
+    nn.init.constant_(field.field.branch.weight, 0.0)
+    nn.init.constant_(field.field.branch.bias, -5.0)
+    x = torch.ones(1, 1, dtype=FLOAT64)
+    assert torch.equal(field.scaled(0.25)(0.0, x), 0.25 * field(0.0, x))
+    refined, smaller = Flow(PiecewiseConstant([field]), "euler_maruyama", 1).refine(8), Flow(field, "euler_maruyama:h=0.125", 1)
+    torch.testing.assert_close(refined(x), smaller(x), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(refined.drift()(x), refined(x), rtol=1e-12, atol=1e-14)
+
+
+class Odd(StochasticField):
+    """A regulariser of a user's, with something wrong in it."""
+
+    def __init__(self, coefficients, noise="scalar"):
+        super().__init__()
+        self.field = branch()
+        self.noise = noise
+        self.weight = nn.Parameter(torch.tensor(0.5))
+        self.made = coefficients
+
+    def branches(self, t, x):
+        return (lambda: self.field(t, x),)
+
+    def law(self, t):
+        return Uniform()
+
+    def coefficients(self, t, eta):
+        return self.made(self, eta)
+
+
+@pytest.mark.parametrize(
+    ("coefficients", "noise", "error", "message"),
+    [
+        (lambda self, eta: (eta**2,), "scalar", ValueError, "affine"),
+        (lambda self, eta: eta, "scalar", TypeError, "a sequence"),
+        (lambda self, eta: (self.weight * eta,), "scalar", TypeError, "depends on a parameter"),
+        (lambda self, eta: (eta,), "general", ValueError, "'scalar' or 'diagonal'"),
+    ],
+)
+def test_a_regulariser_of_your_own_is_looked_at(coefficients, noise, error, message):
+    for solver in ("euler_maruyama", "milstein", "brownian:method=euler"):
+        with pytest.raises(error, match=message):
+            Flow(Odd(coefficients, noise), solver, 1)
+    Flow(Odd(lambda self, eta: (2 * eta - 1,)), "euler_maruyama", 1)(images())
+
+
 # What cannot be
 
 
@@ -440,6 +501,10 @@ def test_a_refined_network_goes_on_with_the_same_equation():
         (lambda f: Gaussian(f, 0.1, "both"), ValueError, "additive"),
         (lambda f: Dropout(f, 1.0), ValueError, r"\[0, 1\), not 1.0"),
         (lambda f: linear_decay(3, 0.0), ValueError, "survival"),
+        (lambda f: Bernoulli(1.75), ValueError, "probability"),
+        (lambda f: Dropout(f, 0.1).scaled(-1.0), ValueError, "positive"),
+        (lambda f: NoisyTransition(nn.Identity(), Dropout(f, 0.1)), TypeError, "scalar noise"),
+        (lambda f: continuum.shake_shake(20, width=2).project("hat", 2), TypeError, "around an Expansion"),
         (lambda f: EulerMaruyama("wiener"), ValueError, "own or brownian"),
     ],
 )

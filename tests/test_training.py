@@ -13,6 +13,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.strategies import DDPStrategy
 
 import continuum
+from continuum.models.checkpoint import KEY, description
 from continuum.models.failure import find_failure
 from continuum.training import Classifier, Digits, LogCost, OneCycle, Schedule, Steps, WritePredictions
 
@@ -154,6 +155,20 @@ def test_dropped_branches_need_unused_parameters_under_several_processes() -> No
     model.network = continuum.shake_shake(14, width=8)
     trainer.strategy._ddp_kwargs = {}
     model.on_fit_start()
+
+
+def test_a_checkpoint_of_a_changed_network_brings_its_solvers(tmp_path: Path) -> None:
+    """The builder does not know them: neither the drift's, nor a step that refinement made smaller."""
+    network = continuum.neural_sde(width=4, downsample=False, solver="euler_maruyama:h=0.5")
+    changed = {"drift": network.drift().with_solver("rk4:h=0.25"), "refined": network.refine(2)}
+    for name, other in changed.items():
+        content = {KEY: description(other), "state_dict": Classifier(other).state_dict()}
+        torch.save(content, tmp_path / f"{name}.ckpt")
+        model = Classifier(continuum.neural_sde(width=4, downsample=False, solver="euler_maruyama:h=0.5"))
+        model.on_load_checkpoint(content)
+        assert model.network.solver == other.solver
+        model.load_state_dict(content["state_dict"])
+        assert continuum.load(tmp_path / f"{name}.ckpt").solver == other.solver
 
 
 class Poisoned(pl.Callback):

@@ -118,14 +118,9 @@ def restore(content: dict[str, Any], path: str | os.PathLike[str], builder: Call
         network = build(**stated["arguments"])
         if stated.get("changes"):
             # Under a solver that any change leaves possible; those of the file come next.
-            start = network if network.stochastic else network.with_solver(Adaptive())
+            start = network.with_solver("euler_maruyama" if network.stochastic else Adaptive())
             network = replay(start, stated["changes"])
-        solvers = list(stated["solvers"])
-        if len(solvers) != len(network.flows):
-            raise ValueError(f"it lists {len(solvers)} solvers for {len(network.flows)} flows")
-        for index, stage in enumerate(network.stages):
-            if isinstance(stage, Flow):
-                network.stages[index] = stage.with_solver(solvers.pop(0))
+        solve_as(network, stated["solvers"])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # whatever odd arguments lead to
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{path} does not describe a {name} network of this version: {reason}") from None
@@ -140,6 +135,21 @@ def restore(content: dict[str, Any], path: str | os.PathLike[str], builder: Call
         first = " ".join(line.strip() for line in str(error).splitlines()[1:3])
         raise CheckpointError(f"the weights in {path} are not those of its {name}: {first}") from None
     return network.eval()
+
+
+def solve_as(network: Network, solvers: Sequence[str]) -> None:
+    """Give each flow of `network` the solver that a file lists for it.
+
+    Raises:
+        ValueError: not as many solvers as flows, or text that names none.
+        TypeError: a solver that cannot solve its flow.
+    """
+    if len(solvers) != len(network.flows):
+        raise ValueError(f"it lists {len(solvers)} solvers for {len(network.flows)} flows")
+    rest = iter(solvers)
+    for index, stage in enumerate(network.stages):
+        if isinstance(stage, Flow):
+            network.stages[index] = stage.with_solver(next(rest))
 
 
 def replay(network: Network, changes: Iterable[Sequence[object]]) -> Network:

@@ -127,16 +127,19 @@ class Network(nn.Module):
     def drift(self) -> "Network":
         """The deterministic network with the same weights: every flow and transition without its noise, as in evaluation mode.
 
-        Its flows are open to every solver. In training mode too it draws nothing.
+        Its flows are open to every solver. In training mode too it draws nothing. The modules are shared: eval() and train()
+        of one are those of the other.
 
         Raises:
-            TypeError: this network has no noise.
+            TypeError: this network has no noise, or has some outside flows and `NoisyTransition`s.
         """
         self._check_noise()
         network = Network(self.stem, [_without_noise(stage) for stage in self.stages], self.head)
         if self.blueprint is not None:
             network.blueprint = replace(self.blueprint, changes=(*self.blueprint.changes, ("drift",)))
         network.training = network.stages.training = self.training
+        if network.stochastic:
+            raise TypeError("a part of this network has noise of its own: only flows and NoisyTransitions lose theirs")
         return network
 
     @torch.no_grad()
@@ -228,6 +231,8 @@ def solve_named(flow: Flow, x: Tensor, index: int) -> Tensor:
 
 
 def _projected(flow: Flow, name: str, size: int) -> Flow:
+    if any(True for _ in stochastic_fields(flow)):
+        raise TypeError("layers with noise have a law each, which no basis can hold: put the noise around an Expansion instead")
     if not isinstance(flow.field, Expansion | PiecewiseConstant):
         raise TypeError(
             f"the weights of a {type(flow.field).__name__} are not a function of depth: only the flows of an Expansion or of "

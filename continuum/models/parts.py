@@ -216,10 +216,15 @@ class NoisyTransition(nn.Module):
 
     The coefficient is drawn from the noise's own law under every solver: a change of size is no step of an equation. Returns
     it with P(x), as `Transition` does.
+
+    Raises:
+        TypeError: noise on every entry.
     """
 
     def __init__(self, shortcut: nn.Module, branch: StochasticField | Drift, activation: nn.Module | None = None) -> None:
         super().__init__()
+        if isinstance(branch, StochasticField) and branch.noise == "diagonal":
+            raise TypeError("a change of size has no state whose entries could have a draw each: give it scalar noise, or none")
         self.shortcut = shortcut
         self.branch = branch
         self.activation = nn.Identity() if activation is None else activation

@@ -13,7 +13,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -32,17 +32,17 @@ Per = Literal["batch", "image"]
 class StochasticField(Field):
     """A field with noise: branches f_i, the law of a number eta, and the coefficients c_i(eta), affine in eta.
 
-    A subclass says these three; drift, diffusion and the steps follow. Called as a field, f(t, x) is the drift, which is what
-    evaluation mode integrates. `noise` is "scalar", one eta for an image or, with `per` "batch", for the whole mini-batch;
-    or "diagonal", one an entry of the state. `separable` says of diagonal noise that an entry of the diffusion depends on the
-    same entry of x only, as Milstein's method needs it. `scale` is a change of the unit of depth: the field scaled by s runs s
-    times as fast, with drift s m_i f_i and diffusion sqrt(s) s_i f_i.
+    A subclass says these three, and the `knots` of its branches; drift, diffusion and the steps follow. Called as a field,
+    f(t, x) is the drift, which is what evaluation mode integrates. `noise` is "scalar", one eta for an image or, with `per`
+    "batch", for the whole mini-batch; or "diagonal", one an entry of the state. `separable` says of diagonal noise that an
+    entry of the diffusion depends on the same entry of x only, as Milstein's method needs it. `scale` is a change of the unit
+    of depth: scaled by s, the field runs s times as fast, with drift s m_i f_i and diffusion sqrt(s) s_i f_i.
 
     >>> from continuum.noise import Bernoulli
     >>> class ShakeDrop(StochasticField):  # one branch, whose coefficient is 1 or -1
     ...     def __init__(self, field: Field) -> None:
     ...         super().__init__()
-    ...         self.field = field
+    ...         self.field, self.knots = field, field.knots
     ...     def branches(self, t: Time, x: State):
     ...         return (lambda: self.field(t, x),)
     ...     def law(self, t: Time) -> Law:
@@ -96,6 +96,38 @@ class StochasticField(Field):
             return self.law(t).draw(x.shape, x.dtype, x.device)
         return self.law(t).draw(self.size(x), x.dtype, torch.device("cpu"))
 
+    def normals(self, x: State) -> Tensor:
+        """Standard normals in the place of eta."""
+        device = x.device if self.noise == "diagonal" else torch.device("cpu")
+        return torch.randn(self.size(x), dtype=x.dtype, device=device)
+
+    def check(self) -> None:
+        """Look at what a subclass says, as far as that goes without a state.
+
+        Raises:
+            ValueError: an unknown `noise` or `per`, or coefficients that are not affine in eta.
+            TypeError: coefficients that are no sequence, or that would be trained.
+        """
+        if self.noise not in ("scalar", "diagonal") or self.per not in get_args(Per):
+            raise ValueError(
+                f"noise is 'scalar' or 'diagonal' and per is 'image' or 'batch'; {type(self).__name__} has {self.noise!r} and "
+                f"{self.per!r}"
+            )
+        values = [self.coefficients(0.0, eta) for eta in (0.0, 1.0, 2.0)]
+        if not all(isinstance(row, Sequence) for row in values):
+            raise TypeError(f"{type(self).__name__}.coefficients returns a sequence, one for each branch, not {values[0]!r}")
+        for a, b, c in zip(*values, strict=True):
+            if any(isinstance(value, Tensor) and value.requires_grad for value in (a, b, c)):
+                raise TypeError(
+                    f"a coefficient of {type(self).__name__} depends on a parameter, whose gradient would be lost: multiply "
+                    "the branch with it instead"
+                )
+            if abs(float(c) - 2 * float(b) + float(a)) > 1e-6 * max(abs(float(value)) for value in (a, b, c)):
+                raise ValueError(
+                    f"coefficients are affine in eta, c = A + B eta; {type(self).__name__} gives {float(a):g}, {float(b):g}, "
+                    f"{float(c):g} for eta = 0, 1, 2. Put the curve into a Law of its own, with the coefficient as its eta"
+                )
+
     def size(self, x: State) -> tuple[int, ...]:
         """The shape of eta, which broadcasts to the states x."""
         return tuple(x.shape) if self.noise == "diagonal" else (1 if self.per == "batch" else len(x), *[1] * (x.dim() - 1))
@@ -107,9 +139,7 @@ class StochasticField(Field):
 
     def brownian(self, t: Time, x: State, h: float, z: Tensor | None = None) -> Coefficients:
         """The coefficients h m_i + sqrt(h) s_i z of a step with Brownian increments sqrt(h) z, z given or from N(0, 1)."""
-        if z is None:
-            device = x.device if self.noise == "diagonal" else torch.device("cpu")
-            z = torch.randn(self.size(x), dtype=x.dtype, device=device)
+        z = self.normals(x) if z is None else z
         weights = zip(self.means(t), self.deviations(t), strict=True)
         return self._placed([h * m + (math.sqrt(h) * s) * z if s else h * m for m, s in weights], x)
 
@@ -149,8 +179,14 @@ class StochasticField(Field):
         return total
 
     def scaled(self, scale: float) -> "Field":
-        field = copy.copy(self)
-        field._modules = self._modules.copy()
+        if not scale > 0:
+            raise ValueError(f"noise is scaled by a positive number, the length of the new unit of depth, not {scale}")
+        field = copy.copy(self)  # and what it owns, so that nothing set on one appears on the other
+        field._modules, field._parameters, field._buffers = (
+            self._modules.copy(),
+            self._parameters.copy(),
+            self._buffers.copy(),
+        )
         field.scale = self.scale * scale
         return field
 
@@ -218,8 +254,8 @@ def stochastic_fields(module: nn.Module) -> Iterator[StochasticField]:
 
 def drops_branches(field: StochasticField) -> bool:
     """Whether a draw may leave a branch out for the whole batch, which then has no gradient."""
-    ends = (c for eta in (0.0, 1.0) for c in field.coefficients(0.0, eta))
-    return field.noise == "scalar" and isinstance(field.law(0.0), Bernoulli) and any(float(c) == 0 for c in ends)
+    law, ends = field.law(0.0), (c for eta in (0.0, 1.0) for c in field.coefficients(0.0, eta))
+    return field.noise == "scalar" and isinstance(law, Bernoulli) and law.p < 1 and any(float(c) == 0 for c in ends)
 
 
 @contextmanager

@@ -21,7 +21,8 @@ class Law(ABC):
 
     def draw(self, size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Independent numbers from torch's global generator."""
-        return self.quantile(torch.rand(size, dtype=dtype, device=device))
+        u = torch.rand(size, dtype=torch.promote_types(dtype, torch.float32), device=device)
+        return self.quantile(u.clamp_min(torch.finfo(u.dtype).tiny)).to(dtype)  # u = 0 may come, and has no quantile
 
     def nodes(self, degree: int) -> list[tuple[float, float]]:
         """Values and their weights, by which the expectation of a polynomial of this degree is a finite sum.
@@ -34,9 +35,17 @@ class Law(ABC):
 
 @dataclass(frozen=True)
 class Bernoulli(Law):
-    """eta = 1 with probability p, otherwise 0."""
+    """eta = 1 with probability p, otherwise 0.
+
+    Raises:
+        ValueError: p is no probability.
+    """
 
     p: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.p <= 1:
+            raise ValueError(f"p is a probability, not {self.p}")
 
     @property
     def mean(self) -> float:

@@ -78,8 +78,8 @@ class StochasticDepth(StochasticField):
 
     def forward(self, t: Time, x: State) -> State:
         if isinstance(self.field, PostActivation):
-            (p,) = self.means(t)
-            return torch.relu(x + p * self.field.branch(x)) - x
+            moved = torch.relu(x + self.law(t).mean * self.field.branch(x)) - x
+            return moved if self.scale == 1 else self.scale * moved
         return super().forward(t, x)
 
     def extra_repr(self) -> str:

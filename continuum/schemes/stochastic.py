@@ -10,12 +10,14 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from continuum.fields import Field, Momentum
+from continuum.fields.base import checked
 from continuum.noise import ShakeShake, StochasticField
-from continuum.noise.base import Coefficients, noise_of, stochastic_fields, terms
+from continuum.noise.base import Coefficients, drift, noise_of, stochastic_fields, terms
 from continuum.schemes.base import Memory, Scheme, combine, inside, layer_at, layers_of
 from continuum.schemes.multistep import LinearTwoStep
 from continuum.schemes.runge_kutta import Euler
 from continuum.types import State
+from continuum.weights import PiecewiseConstant
 
 Increments = Literal["own", "brownian"]
 
@@ -44,6 +46,7 @@ class StochasticScheme(Scheme):
                 f"{type(field).__name__} has no noise. Take a deterministic scheme, such as Euler()"
             )
         for noisy in fields:
+            noisy.check()
             self.check_noise(noisy)
 
     def check_noise(self, field: StochasticField) -> None:
@@ -113,7 +116,7 @@ class EulerMaruyama(StochasticScheme):
             return combine(x, h, (1,), (layer(t, x),)), tuple(rest)
         moved = noisy.move(t, x, drawn)
         if moved is not None:
-            x = x + (moved / (1 + layer.k) if isinstance(layer, Momentum) else moved)
+            x = x + checked(moved / (1 + layer.k) if isinstance(layer, Momentum) else moved, x)
         return x, tuple(rest)
 
 
@@ -140,8 +143,7 @@ class Milstein(StochasticScheme):
         check_path_gradient(field, x)
         if torch.is_grad_enabled() and field.noise == "scalar":
             check_batch_statistics(field, "Milstein's method")
-        device = x.device if field.noise == "diagonal" else torch.device("cpu")
-        return math.sqrt(h) * torch.randn(field.size(x), dtype=x.dtype, device=device).to(x.device)
+        return math.sqrt(h) * field.normals(x).to(x.device)
 
     def step(self, field: Field, t: float, x: State, h: float, memory: Memory) -> tuple[State, Memory]:
         t = inside(field.knots, t, h, 0, x.dtype)
@@ -197,7 +199,16 @@ class StochasticTwoStep(StochasticScheme):
         if noisy is None or drawn is None:
             return combine(kept, h, (1,), (layer.field(t, x),)), (x, *rest)
         moved = noisy.move(t, x, drawn)
-        return (kept if moved is None else kept + moved), (x, *rest)
+        return (kept if moved is None else kept + checked(moved, x)), (x, *rest)
+
+
+def without_noise(field: Field) -> Field:
+    """The field, or the layers, without noise: the same weights, open to deterministic schemes."""
+    if not isinstance(field, PiecewiseConstant):
+        return drift(field)
+    layers = PiecewiseConstant(drift(layer) for layer in layers_of(field))
+    layers.training = layers.layers.training = field.training
+    return layers
 
 
 def check_path_gradient(field: StochasticField, x: State) -> None:
@@ -228,8 +239,9 @@ def self_derivative(layer: Field, t: float, x: State) -> tuple[State, State, Sta
     the field is made of.
     """
     differentiable = torch.is_grad_enabled()
-    with torch.enable_grad():
-        x = x if x.requires_grad and differentiable else x.detach().requires_grad_()
+    # Inference mode would record nothing, and the derivative would come out as zero.
+    with torch.inference_mode(False), torch.enable_grad():
+        x = x if x.requires_grad and differentiable else x.detach().clone().requires_grad_()
         moved, noise = terms(layer, t, x)
         assert noise is not None
         along = torch.zeros_like(noise)

@@ -13,16 +13,15 @@ import torch
 from torch import Tensor
 
 from continuum.fields import Field
-from continuum.noise.base import drift, stochastic_fields
+from continuum.noise.base import stochastic_fields
 from continuum.schemes import Euler, EulerMaruyama, Heun
-from continuum.schemes.base import inside, knot_at, layer_at, layers_of
-from continuum.schemes.stochastic import check_batch_statistics, check_path_gradient
+from continuum.schemes.base import inside, knot_at, layer_at
+from continuum.schemes.stochastic import check_batch_statistics, check_path_gradient, without_noise
 from continuum.solvers.adaptive import Adaptive, _with_knots
 from continuum.solvers.base import Cost, Solution, Solver, needs_grad, option_text, restored_on_error
 from continuum.solvers.fixed import FixedStep, Step
 from continuum.solvers.ito import Adjoint, Rule, Solve, noises
 from continuum.types import State
-from continuum.weights import PiecewiseConstant
 
 Gradient = Literal["direct", "adjoint"]
 
@@ -132,7 +131,7 @@ class Brownian(Solver):
 
     def __call__(self, field: Field, x: State, times: Sequence[float], previous: State | None = None) -> Solution:
         if not any(noisy.training for noisy in stochastic_fields(field)):
-            return self.without_noise()(_without_noise(field), x, times)
+            return self.without_noise()(without_noise(field), x, times)
         start, stop = times[0], times[-1]
         if stop < start:
             raise ValueError(f"a stochastic solve has no way back: depth goes up, not from {start:g} to {stop:g}")
@@ -183,12 +182,3 @@ def _parameters(field: Field, points: Sequence[float], dtype: torch.dtype) -> li
     if not any(start < knot < stop for knot in field.knots):
         field = layer_at(field, inside(field.knots, start, stop - start, 0, dtype))
     return [parameter for parameter in field.parameters() if parameter.requires_grad]
-
-
-def _without_noise(field: Field) -> Field:
-    """The drift, as evaluation mode has it; the solvers of deterministic fields refuse a field that could have noise."""
-    if not isinstance(field, PiecewiseConstant):
-        return drift(field)
-    layers = PiecewiseConstant(drift(layer) for layer in layers_of(field))
-    layers.training = layers.layers.training = field.training
-    return layers

@@ -16,7 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from continuum.fields import Momentum
 from continuum.models import Network
-from continuum.models.checkpoint import KEY, CheckpointError, description, replay
+from continuum.models.checkpoint import KEY, CheckpointError, description, replay, solve_as
 from continuum.models.failure import find_failure
 from continuum.noise.base import drops_branches, stochastic_fields
 from continuum.solvers import SolveError
@@ -170,7 +170,7 @@ class Classifier(pl.LightningModule):
 
     def _take_noise_seed(self) -> None:
         if self.noise_seed is None:
-            self.noise_seed = torch.initial_seed()
+            self.noise_seed = self.trainer.strategy.broadcast(torch.initial_seed())
 
     def _all_ranks_solved(self, here: bool) -> bool:
         return here if self.trainer.world_size == 1 else self.trainer.strategy.reduce_boolean_decision(here, all=True)
@@ -251,4 +251,6 @@ class Classifier(pl.LightningModule):
                 f"the checkpoint's network went through the changes {changes}, this one through {known}: give the network as "
                 "it was built; what the checkpoint says is done to it"
             )
-        self.network = replay(self.network, changes[len(known) :])
+        if missing := changes[len(known) :]:
+            self.network = replay(self.network, missing)
+            solve_as(self.network, checkpoint[KEY]["solvers"])

@@ -73,7 +73,8 @@ def stochastic_depth_resnet(w: Weights, arguments: Arguments, images: Tensor) ->
         else:
             kept, stride, h = x, 1, w.share
         if b is None:
-            x = F.relu(kept + h * survival(block) * basic(block, x, stride))
+            after = F.relu(kept + survival(block) * basic(block, x, stride))
+            x = after if h == 1 else kept + h * (after - kept)
         elif h != 1:
             x = kept + part(b, survival(block), h) * (F.relu(kept + basic(block, x, stride)) - kept)
         elif b.any():
