@@ -76,6 +76,7 @@ def test_plain_loops_name_modules_of_the_network(name: str) -> None:
 
 REFINED = ["resnet", "preresnet scaled", "lm_resnet", "momentum_resnet", "fractal_resnet", "revnet", "midpoint from zero"]
 REFINED += ["leapfrog", "continuous_resnet", "continuous_resnet constant", "odenet three stages"]
+REFINED += ["stochastic_depth_resnet", "shake_shake", "stochastic_lm_resnet", "dropout_resnet", "neural_sde"]
 
 
 @pytest.mark.parametrize(("name", "k"), [*((name, (3,)) for name in REFINED), ("lm_resnet", (2, 2))])
