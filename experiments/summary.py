@@ -181,7 +181,7 @@ def noise_cost() -> None:
     for row in content["step"]:
         way = "forward and backward" if row["backward"] else "forward"
         rows.append([row["state"], row["noise"], way, *(f"{row[solver]:.2f}" for solver in solvers)])
-    table(["state", "noise", "pass", *(f"`{solver}`" for solver in solvers)], rows)
+    table(["state", "noise", "pass", *solvers], rows)
     saved, dropped = (100 * content["stochastic depth"][name] for name in ("saved", "dropped"))
     print(f"stochastic depth: {saved:.1f} % of the time saved, {dropped:.1f} % of the layers dropped\n")
 

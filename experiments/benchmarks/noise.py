@@ -62,11 +62,16 @@ def evaluations(field: StochasticField, x: State) -> State:
     return total
 
 
+def normals(field: StochasticField, x: State) -> Tensor:
+    """The random numbers alone, as many as the solve needs."""
+    return torch.stack([field.normals(x).sum() for _ in range(STEPS)])
+
+
 def timed(run: Callable[[], Tensor], backward: bool) -> float:
     start = time.perf_counter()
     with torch.set_grad_enabled(backward):
         end = run()
-        if backward:
+        if end.requires_grad:
             end.square().mean().backward()
     return time.perf_counter() - start
 
@@ -91,6 +96,7 @@ def step_cost(field: StochasticField, x: State, backward: bool, rounds: int) -> 
         "FixedStep(EulerMaruyama('brownian'))": lambda: own(field, x, (0.0, float(STEPS))).states[-1],
         "Brownian('euler')": lambda: library(field, x, (0.0, float(STEPS))).states[-1],
         "torchsde.sdeint": lambda: plain.solve(x),
+        "normals alone": lambda: normals(field, x),
     }
     ratios: dict[str, list[float]] = {name: [] for name in runs}
     for index in range(rounds + 2):
