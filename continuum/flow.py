@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from continuum.fields import Field
 from continuum.schemes.stochastic import without_noise
 from continuum.solvers import Adaptive, Brownian, Cost, Embedded, FixedStep, Solver, parse
+from continuum.solvers.base import evaluating
 from continuum.types import State
 from continuum.weights import PiecewiseConstant
 
@@ -129,12 +130,8 @@ class Flow(nn.Module):
             scheme = Embedded(self.solver.method)
         except ValueError as error:
             raise TypeError(str(error)) from None
-        modes = [(module, module.training) for module in self.modules()]
-        try:
-            cost = self.eval().solver(self.field, x, (0.0, self.depth)).cost
-        finally:
-            for module, training in modes:
-                module.training = training
+        with evaluating(self):
+            cost = self.solver(self.field, x, (0.0, self.depth)).cost
         return self.with_solver(FixedStep(scheme, grid=cost.grid))
 
     def refine(self, k: int) -> "Flow":

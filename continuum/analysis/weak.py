@@ -18,10 +18,11 @@ from continuum.flow import Flow
 from continuum.models import Network
 from continuum.models.network import transit
 from continuum.noise import Law, noise_only
-from continuum.noise.base import noise_of, stochastic_fields
+from continuum.noise.base import has_noise, noise_of
 from continuum.schemes import EulerMaruyama, StochasticTwoStep
 from continuum.schemes.base import inside, layer_at
 from continuum.solvers import Adaptive, FixedStep
+from continuum.solvers.base import evaluating
 from continuum.types import Images, State
 from continuum.weights import PiecewiseConstant
 
@@ -115,24 +116,17 @@ def weak_report(
         )
     if paths < 2 or steps_per_layer < 2 or steps_per_layer % 2:
         raise ValueError(f"needs two or more paths and an even number of steps a layer, not {paths} and {steps_per_layer}")
-    if wrong := [flow.depth for flow in network.flows if _noisy(flow) and flow.depth != round(flow.depth)]:
+    if wrong := [flow.depth for flow in network.flows if has_noise(flow) and flow.depth != round(flow.depth)]:
         raise ValueError(f"one step a layer needs flows of whole depths, not {wrong[0]:g}")
     # One step a layer, whatever the network's own solver: what it evaluates is then comparable.
-    network = network._with_flows(lambda flow: flow.with_solver(FixedStep(_own(flow))) if _noisy(flow) else flow)
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
+    network = network._with_flows(lambda flow: flow.with_solver(FixedStep(_own(flow))) if has_noise(flow) else flow)
     generator = torch.Generator(images.device).manual_seed(seed)
-    try:
-        with torch.random.fork_rng(devices=forked_devices(images)), noise_only(network):
-            layers = _layers(network, images.dtype, seed)
-            evaluated = _tests(network.drift()(images), labels)
-            sampled = [
-                [_tests(logits, labels) for logits in _logits(network, images, steps_per_layer, generator)]
-                for _ in range(paths)
-            ]
-    finally:
-        for module, training in modes:
-            module.training = training
+    with torch.random.fork_rng(devices=forked_devices(images)), evaluating(network), noise_only(network):
+        layers = _layers(network, images.dtype, seed)
+        evaluated = _tests(network.drift()(images), labels)
+        sampled = [
+            [_tests(logits, labels) for logits in _logits(network, images, steps_per_layer, generator)] for _ in range(paths)
+        ]
     gaps: list[Gap] = []
     for name, expected in evaluated.items():
         one, half, sde = (torch.stack([path[side][name] for path in sampled]) for side in range(3))
@@ -156,7 +150,7 @@ def _logits(network: Network, images: Images, steps_per_layer: int, generator: t
     """Logits by common noise: of the network, of the network at h = 1/2, of the SDE."""
     states: list[tuple[State, State | None]] = [(network.stem(images), None)] * 3
     for stage in network.stages:
-        if isinstance(stage, Flow) and _noisy(stage):
+        if isinstance(stage, Flow) and has_noise(stage):
             states = [(x, None) for x in _flowed(stage, states, steps_per_layer, generator)]
         elif isinstance(stage, Flow):
             fixed = not isinstance(stage.solver, Adaptive)
@@ -188,10 +182,6 @@ def _own(flow: Flow) -> EulerMaruyama | StochasticTwoStep:
     """The scheme of a flow with noise, one-step or two-step, with increments by its own law."""
     two_step = isinstance(flow.solver, FixedStep) and isinstance(flow.solver.scheme, StochasticTwoStep)
     return StochasticTwoStep("own") if two_step else EulerMaruyama("own")
-
-
-def _noisy(flow: Flow) -> bool:
-    return any(True for _ in stochastic_fields(flow))
 
 
 def _layers(network: Network, dtype: torch.dtype, seed: int) -> list[LayerNoise]:

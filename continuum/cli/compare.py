@@ -78,9 +78,7 @@ def compare_command(arguments: list[str]) -> None:
     if network.stochastic and not options.solver:
         solvers += [parse(text) for text in DEFAULT_STOCHASTIC]
     drift = network.drift() if network.stochastic else network
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("torch sees no CUDA device here: leave --device out, or give cpu")
+    device = chosen_device(parser, options.device)
     for solver in solvers:
         try:
             (network if is_stochastic(solver) else drift).with_solver(solver)
@@ -107,7 +105,7 @@ def compare_command(arguments: list[str]) -> None:
         "data": type(data).__name__,
         "images": sum(len(labels) for _, labels in batches),
         "batch_size": data.batch_size,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "device": device_name(device),
         "torch": torch.__version__,
     }
     out = Path(options.out) if options.out else Path(options.checkpoint).parent / "compare"
@@ -117,6 +115,19 @@ def compare_command(arguments: list[str]) -> None:
     steps = draw_steps(rows, out / "steps.png")
     print(f"table:    {out / 'compare.csv'}, {out / 'compare.json'}")
     print(f"pictures: {out / 'compare.png'}" + (f", {out / 'steps.png'}" if steps else ""))
+
+
+def chosen_device(parser: Parser, choice: str | None) -> torch.device:
+    """The device that `--device` names, by default a GPU where there is one; without the one it names, the command ends."""
+    device = torch.device(choice or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no CUDA device here: leave --device out, or give cpu")
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    """The device as a table's facts state it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
 def described_data(content: dict[str, Any], path: str) -> ImageData:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from continuum.analysis.plots import draw_weak
 from continuum.analysis.weak import Gap, WeakReport, weak_report, write_csv, write_json
-from continuum.cli.compare import described_data
+from continuum.cli.compare import chosen_device, described_data, device_name
 from continuum.cli.parser import Parser
 from continuum.models.checkpoint import read, restore
 from continuum.training import ImageData
@@ -40,9 +40,7 @@ def weak_command(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     content = read(options.checkpoint)
     network = restore(content, options.checkpoint)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("torch sees no CUDA device here: leave --device out, or give cpu")
+    device = chosen_device(parser, options.device)
     if not network.stochastic:
         parser.error(f"{options.checkpoint} holds a network without noise: there is no SDE for it to be near to")
     data = parser.instantiate_classes(options)["data"] or described_data(content, options.checkpoint)
@@ -65,7 +63,7 @@ def weak_command(arguments: list[str]) -> None:
         "paths": options.paths,
         "steps_per_layer": options.steps,
         "seed": options.seed,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "device": device_name(device),
         "torch": torch.__version__,
     }
     out = Path(options.out) if options.out else Path(options.checkpoint).parent / "weak"

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from continuum.bases import named_basis
 from continuum.flow import Flow
 from continuum.models.parts import NoisyTransition
-from continuum.noise.base import noise_only, stochastic_fields
+from continuum.noise.base import has_noise, noise_only
 from continuum.solvers import Adaptive, Brownian, SolveError, Solver
-from continuum.solvers.base import restored_on_error
+from continuum.solvers.base import evaluating, restored_on_error
 from continuum.types import Images, Logits, State
 from continuum.weights import Expansion, PiecewiseConstant
 
@@ -155,19 +155,13 @@ class Network(nn.Module):
         self._check_noise()
         if n < 1:
             raise ValueError(f"n is the number of samples, at least 1, not {n}")
-        modes = [(module, module.training) for module in self.modules()]
-        try:
-            self.eval()
-            with noise_only(self):
-                return torch.stack([self(x) for _ in range(n)])
-        finally:
-            for module, training in modes:
-                module.training = training
+        with evaluating(self), noise_only(self):
+            return torch.stack([self(x) for _ in range(n)])
 
     @property
     def stochastic(self) -> bool:
         """Whether a field of this network has noise."""
-        return any(True for _ in stochastic_fields(self))
+        return has_noise(self)
 
     def _check_noise(self) -> None:
         if not self.stochastic:
@@ -187,14 +181,12 @@ class Network(nn.Module):
             raise TypeError("no flow of this network has an adaptive solver whose steps could be frozen")
         states: dict[Flow, State] = {}
         hooks = [flow.register_forward_pre_hook(lambda flow, inputs: states.update({flow: inputs[0]})) for flow in adaptive]
-        modes = [(module, module.training) for module in self.modules()]
         try:
-            self.eval()(images)
+            with evaluating(self):
+                self(images)
         finally:
             for hook in hooks:
                 hook.remove()
-            for module, training in modes:
-                module.training = training
         return self._with_flows(lambda flow: flow.frozen(states[flow]) if flow in states else flow)
 
     def forward(self, images: Images) -> Logits:
@@ -231,7 +223,7 @@ def solve_named(flow: Flow, x: Tensor, index: int) -> Tensor:
 
 
 def _projected(flow: Flow, name: str, size: int) -> Flow:
-    if any(True for _ in stochastic_fields(flow)):
+    if has_noise(flow):
         raise TypeError("layers with noise have a law each, which no basis can hold: put the noise around an Expansion instead")
     if not isinstance(flow.field, Expansion | PiecewiseConstant):
         raise TypeError(

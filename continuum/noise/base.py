@@ -252,6 +252,11 @@ def stochastic_fields(module: nn.Module) -> Iterator[StochasticField]:
             yield from stochastic_fields(child)
 
 
+def has_noise(module: nn.Module) -> bool:
+    """Whether there is a stochastic field in `module` whose noise acts."""
+    return any(True for _ in stochastic_fields(module))
+
+
 def drops_branches(field: StochasticField) -> bool:
     """Whether a draw may leave a branch out for the whole batch, which then has no gradient."""
     law, ends = field.law(0.0), (c for eta in (0.0, 1.0) for c in field.coefficients(0.0, eta))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from continuum.fields import Field, Momentum, PostActivation
 from continuum.fields.base import checked
-from continuum.noise.base import Coefficient, Coefficients, Per, StochasticField, stochastic_fields
+from continuum.noise.base import Coefficient, Coefficients, Per, StochasticField, has_noise
 from continuum.noise.laws import Bernoulli, Law, Normal, Uniform
 from continuum.types import State, Time
 
@@ -280,7 +280,7 @@ def _check_noisy(field: Field, whole: str) -> None:
         raise TypeError(f"{whole} gives noise to a Field, not to a {type(field).__name__}: wrap a module as Autonomous(module)")
     if isinstance(field, Momentum):
         raise TypeError(f"Momentum holds the noise inside: write Momentum({whole}(field, ...)), not the reverse")
-    if any(True for _ in stochastic_fields(field)):
+    if has_noise(field):
         raise TypeError(f"{whole} gives noise to a field that has none yet; this {type(field).__name__} holds some already")
 
 

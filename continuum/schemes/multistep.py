@@ -87,7 +87,7 @@ class LinearTwoStep(ReversibleScheme):
                 )
 
     def begin(self, field: Field, x: State, previous: State | None, steps: Sequence[tuple[float, float]]) -> Memory:
-        return _previous(x, previous, steps[0][1])
+        return () if previous is None else (one_step_before(x, previous, steps[0][1]),)
 
     def coefficients(self, field: Field, t: float) -> tuple[Tensor, ...]:
         layer = layer_at(field, t)
@@ -135,7 +135,7 @@ class TwoStepMidpoint(ReversibleScheme):
             raise TypeError("TwoStepMidpoint has its own k = 1: give it the fields without Momentum, or use LinearTwoStep()")
 
     def begin(self, field: Field, x: State, previous: State | None, steps: Sequence[tuple[float, float]]) -> Memory:
-        return _previous(x, previous, steps[0][1])
+        return () if previous is None else (one_step_before(x, previous, steps[0][1]),)
 
     def forth(self, evaluate: Evaluate, field: Field, t: float, x: State, h: float, memory: Memory) -> tuple[State, Memory]:
         slope = evaluate(layer_at(field, t), inside(field.knots, t, h, 0, x.dtype), x)
@@ -148,8 +148,6 @@ class TwoStepMidpoint(ReversibleScheme):
         return memory[0], (() if first else (combine(x, h, (-2,), (slope,)),))
 
 
-def _previous(x: State, previous: State | None, h: float) -> Memory:
-    """The memory of a two-step scheme whose previous state lies one layer back; shorter steps start from its velocity."""
-    if previous is None:
-        return ()
-    return (previous if abs(h) == 1 else torch.lerp(x, previous, abs(h)),)
+def one_step_before(x: State, previous: State, h: float) -> State:
+    """The state one step back, where `previous` lies one layer back; shorter steps start from its velocity."""
+    return previous if abs(h) == 1 else torch.lerp(x, previous, abs(h))

@@ -14,7 +14,7 @@ from continuum.fields.base import checked
 from continuum.noise import ShakeShake, StochasticField
 from continuum.noise.base import Coefficients, drift, noise_of, stochastic_fields, terms
 from continuum.schemes.base import Memory, Scheme, combine, inside, layer_at, layers_of
-from continuum.schemes.multistep import LinearTwoStep
+from continuum.schemes.multistep import LinearTwoStep, one_step_before
 from continuum.schemes.runge_kutta import Euler
 from continuum.types import State
 from continuum.weights import PiecewiseConstant
@@ -181,8 +181,7 @@ class StochasticTwoStep(StochasticScheme):
         return EulerMaruyama(self.increments).draw(field, t, x, h)
 
     def begin(self, field: Field, x: State, previous: State | None, steps: Sequence[tuple[float, float]]) -> Memory:
-        h = steps[0][1]
-        before = previous if previous is None or h == 1 else torch.lerp(x, previous, h)
+        before = None if previous is None else one_step_before(x, previous, steps[0][1])
         return before, *self.draws(field, x, steps)
 
     def without_noise(self) -> Scheme:
@@ -190,15 +189,16 @@ class StochasticTwoStep(StochasticScheme):
 
     def step(self, field: Field, t: float, x: State, h: float, memory: Memory) -> tuple[State, Memory]:
         before, drawn, *rest = memory
-        layer = layer_at(field, inside(field.knots, t, h, 0, x.dtype))
+        depth = inside(field.knots, t, h, 0, x.dtype)
+        layer = layer_at(field, depth)
         if not isinstance(layer, Momentum) or before is None:
             after, _ = EulerMaruyama(self.increments).step(field, t, x, h, (drawn,))
             return after, (x, *rest)
-        t, k, noisy = inside(field.knots, t, h, 0, x.dtype), layer.k, noise_of(layer)
+        k, noisy = layer.k, noise_of(layer)
         kept = (1 - k) * x + k * before
         if noisy is None or drawn is None:
-            return combine(kept, h, (1,), (layer.field(t, x),)), (x, *rest)
-        moved = noisy.move(t, x, drawn)
+            return combine(kept, h, (1,), (layer.field(depth, x),)), (x, *rest)
+        moved = noisy.move(depth, x, drawn)
         return (kept if moved is None else kept + checked(moved, x)), (x, *rest)
 
 

@@ -123,6 +123,18 @@ def restored_on_error(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put `module` into evaluation mode, and give every part of it back the mode it had, which train() would not."""
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        module.eval()
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+@contextmanager
 def statistics_untouched(module: nn.Module) -> Iterator[None]:
     """Let `module` compute with batch statistics while its running ones stay as they are, for recomputations.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from continuum.fields import Field
-from continuum.noise.base import stochastic_fields
+from continuum.noise.base import has_noise, stochastic_fields
 from continuum.schemes import Euler, EulerMaruyama, Heun
 from continuum.schemes.base import inside, knot_at, layer_at
 from continuum.schemes.stochastic import check_batch_statistics, check_path_gradient, without_noise
@@ -108,7 +108,7 @@ class Brownian(Solver):
         return FixedStep(Heun() if self.method == "srk" else Euler(), self.h)
 
     def check(self, field: Field) -> None:
-        if not any(True for _ in stochastic_fields(field)):
+        if not has_noise(field):
             raise TypeError(
                 f"Brownian needs a StochasticField such as StochasticDepth(f, 0.8) or layers of them; this "
                 f"{type(field).__name__} has no noise. Take a deterministic solver, such as {self.without_noise()}"
