@@ -33,7 +33,7 @@ from continuum import (
 from continuum.fields import Field, TwoColumns
 from continuum.schemes import Tableau
 from continuum.solvers import Embedded
-from continuum.solvers.adaptive import PAIRS
+from continuum.solvers.pairs import PAIRS
 
 LOW = [Euler(), Midpoint(), Heun(), Kutta3(), RK4(), *map(AdamsBashforth, (2, 3, 4))]
 LOW += [TwoStepMidpoint(), *map(NeumannSeries, (1, 2, 3))]

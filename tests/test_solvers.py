@@ -30,7 +30,7 @@ from continuum import (
     preresnet,
 )
 from continuum.solvers import Embedded, parse
-from continuum.solvers.adaptive import METHODS, PAIRS
+from continuum.solvers.pairs import METHODS, PAIRS
 from continuum.solvers.text import describe
 
 WITHIN = {"dopri5": 10, "dopri8": 10, "bosh3": 20, "adaptive_heun": 20}
@@ -142,7 +142,7 @@ def test_adjoint_agrees_with_direct_to_the_tolerance(field, method, tolerance):
     x = states(features=4)
     y, direct = gradients(Flow(field, tight(method, tolerance), depth=3), x)
     adjoint_y, adjoint = gradients(Flow(field, tight(method, tolerance, gradient="adjoint"), depth=3), x)
-    assert torch.equal(y, adjoint_y)
+    torch.testing.assert_close(y, adjoint_y, rtol=0, atol=20 * tolerance)
     size = max(float(gradient.abs().max()) for gradient in direct)
     for one, other in zip(direct, adjoint, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=20 * tolerance * (1 + size))

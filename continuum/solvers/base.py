@@ -1,12 +1,14 @@
 """All steps: a solver carries x through the given depths, (field, x, times) -> states."""
 
 from abc import ABC, abstractmethod
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from continuum.fields import Field
 from continuum.noise.base import stochastic_fields
@@ -15,12 +17,16 @@ from continuum.types import State
 
 @dataclass(frozen=True)
 class Cost:
-    """What a solve took: field evaluations, accepted and rejected steps, and the grid of the accepted ones."""
+    """What a solve took: field evaluations, accepted and rejected steps, and the grid of the accepted ones.
+
+    `error_ratios` are the errors of the accepted steps as parts of what the tolerance allows, where the solver knows them.
+    """
 
     evaluations: int
     accepted: int
     rejected: int
     grid: tuple[float, ...]
+    error_ratios: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,11 +67,19 @@ class SolveError(RuntimeError):
 
     Weights and BatchNorm buffers are those from before the solve. The message is made from the attributes: `reason`,
     `flow` (its name in the network), `depth` and `step` where it stopped, `evaluations` spent, `rows` of the batch at
-    fault and `advice`.
+    fault, the sizes of the last `steps` that an adaptive solver tried, and `advice`.
     """
 
     def __init__(
-        self, reason: str, *, depth: float, step: float, evaluations: int, rows: Sequence[int] = (), advice: str
+        self,
+        reason: str,
+        *,
+        depth: float,
+        step: float,
+        evaluations: int,
+        rows: Sequence[int] = (),
+        steps: Sequence[float] = (),
+        advice: str,
     ) -> None:
         super().__init__(reason)
         self.reason = reason
@@ -74,16 +88,40 @@ class SolveError(RuntimeError):
         self.step = step
         self.evaluations = evaluations
         self.rows = tuple(rows)
+        self.steps = tuple(steps)
         self.advice = advice
 
     def __str__(self) -> str:
         where = f"in flow {self.flow} " if self.flow else ""
         rows = ", ".join(map(str, self.rows[:8])) + (", ..." if len(self.rows) > 8 else "")
         at_fault = f"; batch rows at fault: {rows}" if self.rows else ""
+        tried = f"; last steps tried: {', '.join(f'{step:.2g}' for step in self.steps)}" if self.steps else ""
         return (
             f"{self.reason} {where}at depth {self.depth:.6g} with step {self.step:.3g} after {self.evaluations} "
-            f"evaluations{at_fault}. {self.advice}"
+            f"evaluations{at_fault}{tried}. {self.advice}"
         )
+
+
+CHECK_INPUTS = "Check these inputs and the weights, or lower the learning rate"
+LOOSER = "Try a looser tolerance, a smoother activation, or a fixed-step solver"
+
+
+def advice(rows: Sequence[int], tried: Sequence[float], accepted: int) -> str:
+    """What may help a solve that cannot go on, by the steps it tried."""
+    if rows:
+        return CHECK_INPUTS
+    last = tried[-20:]
+    if len(last) == 20 and max(last) > 100 * min(last):
+        return (
+            "The steps change by orders of magnitude, as where a field has kinks or jumps: try a smoother activation (tanh, "
+            "softplus), a looser tolerance, or a method of low order such as bosh3; name the field's knots if it jumps"
+        )
+    if len(last) == 20 and max(last) < 4 * min(last) and accepted < 0.95 * len(tried):
+        return (
+            "The steps stay near one size and some are rejected all along, as where stability limits them (a stiff field), not "
+            "accuracy: try a method of low order such as bosh3, a looser tolerance, smaller weights, or a fixed-step solver"
+        )
+    return f"{LOOSER}; at tight tolerances a method of high order such as dopri8 takes the fewest steps"
 
 
 def refuse_noise(field: Field, solver: str) -> None:
@@ -107,6 +145,34 @@ def rows_not_finite(*tensors: Tensor) -> list[int]:
 def needs_grad(field: Field, x: State) -> bool:
     """Whether a solve of `field` from `x` will be differentiated."""
     return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in field.parameters()))
+
+
+def check_closed(edge: GradientEdge | None, x: State, field: Field, solver: str) -> None:
+    """Raise TypeError if the graph of field(t, x), from `edge` on, leads to anything but x and the field's parameters.
+
+    A gradient that a solve computes by hand would be lost there, in silence.
+    """
+    known = [get_gradient_edge(tensor).node for tensor in (x, *field.parameters()) if tensor.requires_grad]
+    seen, ahead = set(known), [edge.node if edge else None]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            raise TypeError(
+                f"this field uses a tensor of shape {tuple(leaf.shape)} that requires a gradient and is neither its "
+                f"state nor one of its parameters, and {solver} would lose that gradient: make it a parameter or a component "
+                "of the state, detach it, or let autograd see all steps: FixedStep or engine='torchdiffeq'"
+            )
+        ahead += [following for following, _ in node.next_functions]
+
+
+def cut_at_knots(knots: Sequence[float], start: float, stop: float) -> list[float]:
+    """The way from start to stop, cut at the knots strictly between them."""
+    between = list(knots[bisect_right(knots, min(start, stop)) : bisect_left(knots, max(start, stop))])
+    return [start, *(between if start < stop else between[::-1]), stop]
 
 
 @contextmanager

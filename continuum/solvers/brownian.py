@@ -17,8 +17,8 @@ from continuum.noise.base import has_noise, stochastic_fields
 from continuum.schemes import Euler, EulerMaruyama, Heun
 from continuum.schemes.base import inside, knot_at, layer_at
 from continuum.schemes.stochastic import check_batch_statistics, check_path_gradient, without_noise
-from continuum.solvers.adaptive import Adaptive, _with_knots
-from continuum.solvers.base import Cost, Solution, Solver, needs_grad, option_text, restored_on_error
+from continuum.solvers.adaptive import Adaptive
+from continuum.solvers.base import Cost, Solution, Solver, cut_at_knots, needs_grad, option_text, restored_on_error
 from continuum.solvers.fixed import FixedStep, Step
 from continuum.solvers.ito import Adjoint, Rule, Solve, noises
 from continuum.types import State
@@ -168,7 +168,7 @@ class Brownian(Solver):
     def _pieces(self, field: Field, start: float, stop: float) -> Iterator[list[float]]:
         """The way from start to stop, from knot to knot, each piece with the depths where steps are known to end."""
         steps = self.steps(start, stop)
-        points = _with_knots(field.knots, start, stop) if steps is None else [*(t for t, _ in steps), stop]
+        points = cut_at_knots(field.knots, start, stop) if steps is None else [*(t for t, _ in steps), stop]
         first = 0
         for index, depth in enumerate(points[1:], 1):
             if index == len(points) - 1 or knot_at(field.knots, depth) is not None:

@@ -20,8 +20,7 @@ from continuum.noise import StochasticField
 from continuum.noise.base import noise_of, terms
 from continuum.schemes.base import inside, layer_at, layers_of
 from continuum.schemes.stochastic import self_derivative
-from continuum.solvers.adaptive import LOOSER
-from continuum.solvers.base import Cost, SolveError, rows_not_finite, statistics_untouched
+from continuum.solvers.base import LOOSER, Cost, SolveError, rows_not_finite, statistics_untouched
 from continuum.types import State
 
 SMALLEST = 1e-5

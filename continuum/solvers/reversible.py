@@ -6,8 +6,7 @@ accept a backward pass within the backward pass).
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from continuum.fields import Field
 from continuum.schemes import Memory, ReversibleScheme
 from continuum.solvers.base import statistics_untouched
+from continuum.solvers.replay import Gradients, Precision, RandomState, as_drawn, random_state, unless_unused
 from continuum.types import State
 
 Step = tuple[float, float]
@@ -43,29 +43,28 @@ class _Run:
     has_memory: bool
     parameters: tuple[nn.Parameter, ...]
     # For each evaluation, in order, the state of the random numbers before it, if it drew any.
-    random: list["RandomState | None"] = dataclasses.field(default_factory=list)
-    autocast: tuple[str, bool, torch.dtype] = ("cpu", False, torch.float32)
+    random: list[RandomState | None] = dataclasses.field(default_factory=list)
+    precision: Precision | None = None
 
     def forward(self, x: State, memory: Memory) -> tuple[State, Memory]:
         device = x.device
-        self.autocast = device.type, torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+        self.precision = Precision.now(device)
 
         def evaluate(part: Field, t: float, x: State) -> State:
-            before = _random_state(device)
+            before = random_state(device)
             slope = part(t, x)
-            drew = any(not torch.equal(a, b) for a, b in zip(before, _random_state(device), strict=True))
-            self.random.append(before if drew else None)
+            self.random.append(unless_unused(before, device))
             return slope
 
         for t, h in self.steps:
             x, memory = self.scheme.forth(evaluate, self.field, t, x, h, memory)
         return x, memory
 
-    def backward(self, x: State, memory: Memory, grads: list[Tensor]) -> tuple[list[Tensor], "_Gradients"]:
+    def backward(self, x: State, memory: Memory, grads: list[Tensor]) -> tuple[list[Tensor], Gradients]:
         """The gradients of the first state and memory, and of the parameters, from those of the last state and memory."""
-        total, random = _Gradients(), list(self.random)
-        device, enabled, dtype = self.autocast
-        with torch.autocast(device, dtype=dtype, enabled=enabled):
+        total, random = Gradients(), list(self.random)
+        assert self.precision is not None, "forward comes first"
+        with self.precision.again():
             for index in reversed(range(len(self.steps))):
                 first = index == 0 and not self.has_memory
                 x, memory, grads = self._step_back(index, x, memory, grads, first, random, total)
@@ -78,8 +77,8 @@ class _Run:
         memory: Memory,
         grads: list[Tensor],
         first: bool,
-        random: list["RandomState | None"],
-        total: "_Gradients",
+        random: list[RandomState | None],
+        total: Gradients,
     ) -> tuple[State, Memory, list[Tensor]]:
         t, h = self.steps[index]
         scheme, made = self.scheme, []
@@ -87,7 +86,7 @@ class _Run:
         def again(part: Field, t: float, y: State) -> State:
             y = y.detach().requires_grad_()
             drawn = random.pop()
-            with torch.enable_grad(), statistics_untouched(part), _as_drawn(drawn, y.device) if drawn else nullcontext():
+            with torch.enable_grad(), statistics_untouched(part), as_drawn(drawn, y.device):
                 slope = part(t, y)
             made.append(_Evaluation(y, slope, tuple(p for p in part.parameters() if p.requires_grad)))
             return slope.detach()
@@ -108,15 +107,6 @@ class _Run:
         total.add(coefficients, found[len(leaves) :])
         grads = [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found, strict=False)]
         return leaves[0].detach(), tuple(leaf.detach() for leaf in leaves[1:]), grads
-
-
-class _Gradients(dict[Tensor, Tensor]):
-    """Sums of gradients, by parameter."""
-
-    def add(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            if gradient is not None:
-                self[parameter] = self[parameter] + gradient if parameter in self else gradient
 
 
 @dataclass(frozen=True)
@@ -153,7 +143,7 @@ class _Known(torch.autograd.Function):
     """A field's value that is known already, as a function of the state: its gradient goes through the graph kept with it."""
 
     @staticmethod
-    def forward(ctx: Any, x: State, evaluation: _Evaluation, total: _Gradients) -> State:
+    def forward(ctx: Any, x: State, evaluation: _Evaluation, total: Gradients) -> State:
         ctx.evaluation, ctx.total = evaluation, total
         return evaluation.slope.detach()
 
@@ -166,23 +156,3 @@ class _Known(torch.autograd.Function):
         through, *found = torch.autograd.grad(evaluation.slope, (evaluation.x, *evaluation.parameters), grad, allow_unused=True)
         ctx.total.add(evaluation.parameters, found)
         return through, None, None
-
-
-RandomState = tuple[Tensor, ...]
-"""The states of the CPU's generator and, on a GPU, of the device's."""
-
-
-def _random_state(device: torch.device) -> RandomState:
-    cpu = torch.get_rng_state()
-    return (cpu, torch.cuda.get_rng_state(device)) if device.type == "cuda" else (cpu,)
-
-
-@contextmanager
-def _as_drawn(state: RandomState, device: torch.device) -> Iterator[None]:
-    """Random numbers from `state` on, and afterwards as if none had been drawn."""
-    cpu, *gpu = state
-    with torch.random.fork_rng(devices=[device] if gpu else []):
-        torch.set_rng_state(cpu)
-        for own in gpu:
-            torch.cuda.set_rng_state(own, device)
-        yield

@@ -23,10 +23,11 @@ from continuum.schemes import (
     TwoStepMidpoint,
     Verlet,
 )
-from continuum.solvers.adaptive import METHODS, PAIRS, Adaptive, Embedded
+from continuum.solvers.adaptive import Adaptive
 from continuum.solvers.base import Solver
 from continuum.solvers.brownian import Brownian
 from continuum.solvers.fixed import FixedStep
+from continuum.solvers.pairs import METHODS, PAIRS, Embedded
 
 KNOWN = (
     Euler(),
@@ -52,11 +53,14 @@ FIXED_OPTIONS: dict[str, Callable[[str], object]] = {
     "h": float,
     "grid": lambda text: tuple(float(depth) for depth in text.split("/")),
     "gradient": str,
+    "every": int,
 }
 ADAPTIVE_OPTIONS: dict[str, Callable[[str], object]] = {
     "rtol": float,
     "atol": float,
     "gradient": str,
+    "engine": str,
+    "norm": str,
     "first_step": float,
     "min_step": float,
     "max_step": float,
@@ -78,7 +82,7 @@ def parse(text: str) -> Solver:
     An adaptive name with h (or grid=0/0.5/1) is that pair's scheme with fixed steps.
 
     >>> parse("adams_bashforth:order=3,h=0.25")
-    FixedStep(scheme=AdamsBashforth(order=3), h=0.25, grid=None, gradient='direct')
+    FixedStep(scheme=AdamsBashforth(order=3), h=0.25, grid=None, gradient='direct', every=1)
 
     Raises:
         ValueError: an unknown name, option or value; the message lists what is valid.

@@ -1,0 +1,206 @@
+"""torchdiffeq's own code: its steps, its continuous adjoint, and SciPy's solvers through it.
+
+A field that jumps is solved from knot to knot: each piece is smooth, ends exactly on the knot, and is never evaluated on
+its far side. The step size is carried from piece to piece.
+"""
+
+from typing import TYPE_CHECKING, cast
+
+import torch
+import torchdiffeq
+from torch import Tensor
+from torchdiffeq._impl.odeint import SOLVERS
+
+from continuum.fields import Field
+from continuum.fields.base import checked
+from continuum.schemes.base import inside
+from continuum.solvers.base import (
+    CHECK_INPUTS,
+    LOOSER,
+    Cost,
+    SolveError,
+    check_closed,
+    rows_not_finite,
+    statistics_untouched,
+)
+from continuum.solvers.norms import NORMS
+from continuum.solvers.packed import components
+from continuum.solvers.pairs import PAIRS
+from continuum.solvers.replay import Precision
+from continuum.solvers.stepping import evaluated
+from continuum.types import State, Time
+
+if TYPE_CHECKING:
+    from continuum.solvers.adaptive import Adaptive
+
+
+class LibrarySolve:
+    """One solve in progress: what torchdiffeq integrates and calls back, counted and checked."""
+
+    def __init__(self, solver: "Adaptive", field: Field, start: float) -> None:
+        self.solver = solver
+        self.field = field
+        self.grid = [start]
+        self.evaluations = 0
+        self.attempts = 0
+        self.step = solver.first_step
+        self.adjoint = solver.gradient != "direct" and torch.is_grad_enabled()
+
+    def norm(self, error: Tensor) -> Tensor:
+        return NORMS[self.solver.norm](components(self.field, error))
+
+    def cost(self) -> Cost:
+        accepted = len(self.grid) - 1
+        return Cost(self.evaluations, accepted, self.attempts - accepted, tuple(self.grid))
+
+    def piece(self, x: State, start: float, stop: float) -> State:
+        """Integrate from `start` to `stop`, between which the field is smooth."""
+        solver = self.solver
+        equation = _Equation(self, start, stop, x)
+        # Times in float64 even on a float32 state; torchdiffeq rounds them where it calls the field.
+        times = torch.tensor([start, stop], dtype=torch.float64, device=x.device)
+        if solver.method not in PAIRS:
+            limits = {key: value for key, value in (("min_step", solver.min_step), ("max_step", solver.max_step)) if value}
+            states = torchdiffeq.odeint(
+                equation.evaluate, x, times, rtol=solver.rtol, atol=solver.atol, method=solver.method, options=limits
+            )
+            self.attempts += 1
+            self.grid.append(stop)
+            return cast(Tensor, states)[-1]
+        if self.step is None:
+            self.step = equation.first_step(x, start, stop)
+        states = self._integrate(equation, x, times)
+        equation.backward = True  # from here on torchdiffeq calls only for the adjoint
+        self.grid[-1] = stop
+        return states[-1]
+
+    def _integrate(self, equation: "_Equation", x: State, times: Tensor) -> Tensor:
+        solver = self.solver
+        # The end is handed over as a step, or torchdiffeq would step past it and interpolate back.
+        options = {"first_step": self.step, "max_step": solver.max_step, "step_t": times[1:], "norm": self.norm}
+        backward = {"max_step": solver.max_step, "step_t": times[:1]}
+        if solver.gradient == "adjoint":
+            backward["norm"] = "seminorm"
+        tolerances = {"rtol": solver.rtol, "atol": solver.atol}
+        try:
+            if solver.gradient == "direct":
+                states = torchdiffeq.odeint(equation, x, times, **tolerances, method=solver.method, options=options)
+                return cast(Tensor, states)
+            states = torchdiffeq.odeint_adjoint(
+                equation,
+                x,
+                times,
+                **tolerances,
+                method=solver.method,
+                options=options,
+                adjoint_options=backward,
+                adjoint_params=tuple(self.field.parameters()),
+            )
+            return cast(Tensor, states)
+        except AssertionError:  # torchdiffeq's way of saying that the state is not finite
+            raise equation.error("the state is not finite", self.grid[-1], self.step or 0.0, x) from None
+
+
+class _Equation:
+    """The field on one smooth piece [start, stop], as torchdiffeq sees it: a function of (t, x) with callbacks."""
+
+    def __init__(self, solve: LibrarySolve, start: float, stop: float, x: State) -> None:
+        self.solve = solve
+        self.backward = False
+        self.backward_evaluations = 0
+        knots, way = solve.field.knots, stop - start
+        # Depths just inside the piece, so that no stage reads a layer beyond a knot.
+        self.first = inside(knots, start, way, 0, x.dtype)
+        self.last = inside(knots, start, way, 1, x.dtype)
+        self.clamp = (self.first, self.last) != (start, stop)
+        self.known: tuple[State, State] | None = None  # a state and its slope, evaluated before torchdiffeq asks
+        self.recent: list[Tensor] = []  # slopes since the last accepted step, to name the rows at fault
+        self.precision = Precision.now(x.device)
+
+    def evaluate(self, t: Time, x: State) -> State:
+        solve = self.solve
+        if self.clamp and isinstance(t, Tensor):
+            t = t.clamp(min(self.first, self.last), max(self.first, self.last))
+        if self.backward:
+            return self._recompute(t, x)
+        if self.known is not None and self.known[0] is x:
+            slope, self.known = self.known[1], None
+            return slope
+        if solve.evaluations >= solve.solver.max_evaluations:
+            raise self.error("the evaluation budget is spent", t, 0.0)
+        solve.evaluations += 1
+        slope = self._adjoint_slope(t, x) if solve.adjoint else checked(solve.field(t, x), x).to(x.dtype)
+        self.recent.append(slope.detach())
+        return slope
+
+    def _adjoint_slope(self, t: Time, x: State) -> State:
+        """f(t, x) as numbers; with a graph while it lasts, for fields that differentiate inside and to see where it leads."""
+        evaluation, slope = evaluated(self.solve.field, t, x)
+        if self.solve.evaluations == 1:
+            check_closed(evaluation.edge, evaluation.x, self.solve.field, str(self.solve.solver))
+        return slope
+
+    __call__ = evaluate
+
+    def _recompute(self, t: Time, x: State) -> State:
+        """The field in the adjoint's backward pass: as in the forward pass, and without touching BatchNorm's buffers."""
+        self.backward_evaluations += 1
+        if self.backward_evaluations > self.solve.solver.max_evaluations:
+            raise self.error("the evaluation budget is spent in the adjoint's backward solve", t, 0.0)
+        with statistics_untouched(self.solve.field), self.precision.again():
+            slope = self.solve.field(t, x).to(x.dtype)
+        if not torch.isfinite(slope).all():
+            raise self.error("the field is not finite in the adjoint's backward solve", t, 0.0, slope)
+        return slope
+
+    def first_step(self, x: State, start: float, stop: float) -> float:
+        """A first step from the size of the field and of its change (Hairer, Norsett, Wanner I, II.4).
+
+        torchdiffeq's own choice lets the gradient through; here step sizes are constants.
+        """
+        solve, solver, way = self.solve, self.solve.solver, 1.0 if stop > start else -1.0
+        t = torch.tensor(start, dtype=x.dtype, device=x.device)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and solver.gradient == "direct"):
+            slope = self.evaluate(t, x)
+        with torch.no_grad():
+            if self.rows(x, slope):
+                raise self.error("the state or its field is not finite", start, 0.0, x)
+            scale = solver.atol + solver.rtol * x.abs()
+            size, speed = float(solve.norm(x / scale)), float(solve.norm(slope / scale))
+            h = 1e-6 if size < 1e-5 or speed < 1e-5 else 0.01 * size / speed
+            change = float(solve.norm((self.evaluate(t + way * h, x + way * h * slope) - slope) / scale)) / h
+        self.known = x, slope
+        fastest = max(speed, change)
+        order = SOLVERS[solver.method].order
+        h = min(100 * h, (0.01 / fastest) ** (1 / order) if fastest > 1e-15 else max(1e-6, h * 1e-3))
+        if not h > 0:  # also when NaN
+            raise self.error("the field is not finite", start, h, x)
+        return min(h, solver.max_step)
+
+    def callback_step(self, t: Tensor, x: State, h: Tensor) -> None:
+        solve, step = self.solve, float(h)
+        if not step >= solve.solver.min_step or float(t) + step == float(t):
+            broken = self.rows(x, *self.recent)
+            reason = "the state or its field is not finite" if broken else "the step size underflows"
+            raise self.error(reason, t, step, x)
+        solve.attempts += 1
+        solve.step = step
+
+    def callback_accept_step(self, t: Tensor, x: State, h: Tensor) -> None:
+        end = float(t) + (float(h) if self.last > self.first else -float(h))
+        self.solve.grid.append(end)
+        self.recent.clear()
+
+    def error(self, reason: str, t: Time, step: float, *states: State) -> SolveError:
+        rows = self.rows(*states, *self.recent)
+        return SolveError(
+            f"{reason} ({self.solve.solver})",
+            depth=float(t),
+            step=step or self.solve.step or 0.0,
+            evaluations=self.solve.evaluations,
+            rows=rows,
+            advice=CHECK_INPUTS if rows else LOOSER,
+        )
+
+    def rows(self, *states: State) -> list[int]:
+        return rows_not_finite(*(part for state in states for part in components(self.solve.field, state)))

@@ -1,0 +1,274 @@
+"""One adaptive solve: attempt a step, keep it where its error meets the tolerance, and choose the size of the next.
+
+    ratio = | h sum_i e_i k_i / (atol + rtol max(|x|, |x+|)) |,    kept where ratio <= 1
+    h+ = h min(10, max(0.9 ratio^(-1/order), 1 if kept else 0.2))
+
+These are torchdiffeq's rules, for pairs whose last stage is the next first one. What differs is the cost: stages are tensors
+of their own, depths and sizes are Python floats, the device is waited for once an attempt (the ratio) and once for the first
+size, a step ends where a state is wanted, so that nothing is interpolated.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from continuum.fields import Field
+from continuum.fields.base import checked
+from continuum.schemes.base import inside, layer_at
+from continuum.solvers.arithmetic import Arithmetic, arithmetic_of
+from continuum.solvers.base import Cost, SolveError, advice, check_closed, cut_at_knots, rows_not_finite
+from continuum.solvers.norms import NORMS, any_rank
+from continuum.solvers.packed import components
+from continuum.solvers.pairs import Pair, pair_of
+from continuum.solvers.replay import RandomState, random_state, unless_unused
+from continuum.types import State, Time
+
+if TYPE_CHECKING:
+    from continuum.solvers.adaptive import Adaptive
+
+Keep = Literal["nothing", "graphs", "states"]
+"""What a solve keeps for its gradient: nothing, the graph of every evaluation, or what is needed to evaluate again."""
+
+Evaluate: TypeAlias = Callable[[float, State], State]
+"""f(t, x) as numbers, without a gradient."""
+
+SAFETY, LARGEST_GROWTH, LARGEST_CUT = 0.9, 10.0, 0.2
+"""torchdiffeq's numbers."""
+
+
+@dataclass
+class Evaluation:
+    """The graph behind a value of the field: its leaf x, and the edge it comes out at (None if nothing needs a gradient)."""
+
+    x: State
+    edge: GradientEdge | None
+
+
+@dataclass
+class Step:
+    """An accepted step, as its gradient needs it: the evaluations behind the first, or what it takes to repeat them."""
+
+    h: float
+    evaluations: list[Evaluation]
+    x: State | None = None
+    first: State | None = None
+    depths: Sequence[float] = ()
+    random: RandomState | None = None
+    output: int | None = None
+    """Which of the requested states the step ends in, if in any."""
+
+
+@dataclass
+class Piece:
+    """The steps from knot to knot, between which the field is smooth, and the evaluation that they begin with."""
+
+    depth: float
+    x: State
+    first: Evaluation | None = None
+    random: RandomState | None = None
+    steps: list[Step] = field(default_factory=list)
+
+
+def evaluated(field: Field, t: Time, x: State) -> tuple[Evaluation, State]:
+    """f(t, x) with its graph, and as numbers."""
+    leaf = x.detach().requires_grad_()
+    with torch.enable_grad():
+        slope = checked(field(t, leaf), x).to(x.dtype)
+    return Evaluation(leaf, get_gradient_edge(slope) if slope.requires_grad else None), slope.detach()
+
+
+def attempt(
+    pair: Pair, evaluate: Evaluate, sums: Arithmetic, x: State, first: State, h: float, depths: Sequence[float]
+) -> tuple[State, list[State]]:
+    """The state after a step from `x` with the slope `first`, and the slopes of all stages; the last is at that state.
+
+    With fewer depths, as many stages.
+    """
+    slopes = [first]
+    end = x
+    for depth, row in zip(depths, pair.a[1:], strict=False):
+        end = sums.combine(x, h, row, slopes)
+        slopes.append(evaluate(depth, end))
+    return end, slopes
+
+
+class Stepper:
+    """A solve of `field` from times[0] through all `times`, in progress or done, with all that its gradient needs."""
+
+    def __init__(self, solver: "Adaptive", field: Field, times: Sequence[float], keep: Keep) -> None:
+        self.solver, self.field, self.times, self.keep = solver, field, times, keep
+        self.pair = pair_of(solver.method)
+        self.sums = arithmetic_of(field)
+        self.norm = NORMS[solver.norm]
+        self.step = solver.first_step
+        self.way = 1.0 if times[-1] > times[0] else -1.0
+        self.grid = [times[0]]
+        self.ratios: list[float] = []
+        self.tried: list[float] = []
+        self.evaluations = 0
+        self.pieces: list[Piece] = []
+        self.made: list[Evaluation] = []
+        self.differentiated = torch.is_grad_enabled()
+
+    def cost(self) -> Cost:
+        accepted = len(self.ratios)
+        return Cost(self.evaluations, accepted, len(self.tried) - accepted, tuple(self.grid), tuple(self.ratios))
+
+    def run(self, x: State) -> list[State]:
+        """The states at all times behind the first."""
+        states: list[State] = []
+        for start, stop in pairwise(cut_at_knots(self.field.knots, self.times[0], self.times[-1])):
+            # Depths just inside the piece, so that no stage reads a layer beyond a knot.
+            bounds = [inside(self.field.knots, start, stop - start, c, x.dtype) for c in (0, 1)]
+            between = [t for t in self.times if min(start, stop) < t < max(start, stop)]
+            x = self._run_piece(x, start, bounds, [*between, stop], states)
+        return states
+
+    def _run_piece(self, x: State, t: float, bounds: list[float], stops: list[float], states: list[State]) -> State:
+        piece = Piece(bounds[0], x)
+        first = self._first_slope(piece)
+        if self.step is None:
+            self.step = self._choose_first_step(t, x, first, bounds)
+        for stop in stops:
+            while t != stop:
+                t, x, first = self._advance(piece, t, x, first, stop, bounds)
+            if stop in self.times:
+                states.append(x.detach())
+                if piece.steps:
+                    piece.steps[-1].output = len(states) - 1
+        if piece.steps and piece.steps[-1].evaluations:
+            piece.steps[-1].evaluations.pop()  # nobody goes on from the last slope, so no gradient comes through it
+        if self.keep != "nothing":
+            self.pieces.append(piece)
+        return x
+
+    def _first_slope(self, piece: Piece) -> State:
+        """f at the start of a piece; with its graph wherever a gradient may be wanted, to see that it leads nowhere else."""
+        before = random_state(piece.x.device) if self.keep == "states" else None
+        self._count(piece.depth)
+        if not self.differentiated:
+            return self._numbers(self.field, piece.depth, piece.x)
+        evaluation, slope = evaluated(self.field, piece.depth, piece.x)
+        check_closed(evaluation.edge, evaluation.x, self.field, str(self.solver))
+        if self.keep == "graphs":
+            piece.first = evaluation
+        if before is not None:
+            piece.random = unless_unused(before, piece.x.device)
+        return slope
+
+    def _advance(
+        self, piece: Piece, t: float, x: State, first: State, stop: float, bounds: list[float]
+    ) -> tuple[float, State, State]:
+        """Attempt one step towards `stop`: (t, x, slope) where it leads to, or as they were if it is rejected."""
+        h = self._size(t, x, first)
+        left = abs(stop - t)
+        # A step that comes within rounding of the stop ends on it.
+        hits = h >= left - 4 * sys.float_info.epsilon * max(abs(t), abs(stop))
+        size = left if hits else h
+        end = stop if hits else t + self.way * size
+        depths = [_between(end if c == 1 else t + c * (end - t), bounds) for c in self.pair.c[1:]]
+        before = random_state(x.device) if self.keep == "states" else None
+        self.made = []
+        signed = self.way * size
+        new, slopes = attempt(self.pair, self._evaluate, self.sums, x, first, signed, depths)
+        error = self.sums.scaled_error(signed, self.pair.e, slopes, x, new, self.solver.rtol, self.solver.atol)
+        ratio = self.norm(components(self.field, error)).item()
+        self.tried.append(size)
+        if ratio != ratio:
+            self._check_finite("the state or its field is not finite", t, size, x, first)
+            ratio = float("inf")  # the step went too far: a smaller one may be finite
+        factor = SAFETY * ratio ** (-1 / self.pair.order) if ratio else float("inf")
+        grown = size * min(LARGEST_GROWTH, max(factor, 1.0 if ratio < 1 else LARGEST_CUT))
+        # A step that was cut short to end on the stop need not grow back to its size.
+        self.step = max(grown, min(h, size * factor)) if hits else grown
+        if not ratio <= 1:
+            return t, x, first
+        self.grid.append(end)
+        self.ratios.append(ratio)
+        if self.keep == "graphs":
+            piece.steps.append(Step(signed, self.made))
+        elif self.keep == "states":
+            assert before is not None
+            random = unless_unused(before, x.device)
+            piece.steps.append(Step(signed, [], x.detach(), first, depths, random))
+        return end, new, slopes[-1]
+
+    def _size(self, t: float, x: State, first: State) -> float:
+        assert self.step is not None
+        h = min(self.step, self.solver.max_step)
+        if not h >= self.solver.min_step or t + self.way * h == t:
+            self._check_finite("the state or its field is not finite", t, h, x, first)
+            raise self._error("the step size underflows", t, h)
+        return h
+
+    def _evaluate(self, t: float, x: State) -> State:
+        self._count(t)
+        if self.keep != "graphs":
+            return self._numbers(self.field, t, x)
+        evaluation, slope = evaluated(self.field, t, x)
+        self.made.append(evaluation)
+        return slope
+
+    def _count(self, t: Time) -> None:
+        if self.evaluations >= self.solver.max_evaluations:
+            raise self._error("the evaluation budget is spent", t, self.step or 0.0)
+        self.evaluations += 1
+
+    @staticmethod
+    def _numbers(field: Field, t: Time, x: State) -> State:
+        return checked(field(t, x), x).detach().to(x.dtype)
+
+    def _choose_first_step(self, t: float, x: State, slope: State, bounds: list[float]) -> float:
+        """A first step from the size of the field and of its change (Hairer, Norsett, Wanner I, II.4), as torchdiffeq's.
+
+        The sizes stay on the device until the end, so that it is waited for once.
+        """
+        scale = self.solver.atol + self.solver.rtol * x.detach().abs()
+
+        def size(change: State) -> Tensor:
+            return self.norm(components(self.field, change / scale))
+
+        state, speed = size(x.detach()), size(slope)
+        tiny = torch.full_like(state, 1e-6)
+        h = torch.where((state < 1e-5) | (speed < 1e-5), tiny, 0.01 * state / speed)
+        later = (bounds[0] + self.way * h).clamp(min(bounds), max(bounds)).to(x.dtype)
+        moved = x.detach() + self.way * h.to(x.dtype) * slope
+        # A layer is looked up by a number: of piecewise constant weights, ask the one in force.
+        smooth = layer_at(self.field, bounds[0])
+        self._count(t)
+        change = size(self._numbers(smooth, later, moved) - slope) / h
+        fastest = torch.maximum(speed, change)
+        careful = torch.maximum(tiny, 1e-3 * h)
+        chosen = torch.where(fastest <= 1e-15, careful, (0.01 / fastest) ** (1 / self.pair.order))
+        first = torch.minimum(100 * h, chosen).item()
+        if not 0 < first < float("inf"):
+            self._check_finite("the state or its field is not finite", t, 0.0, x, slope)
+            raise self._error("the field is not finite near the start", t, 0.0)
+        return min(first, self.solver.max_step)
+
+    def _check_finite(self, reason: str, t: float, step: float, *states: State) -> None:
+        """Raise SolveError if a state, or a slope at its start, is not finite, on this rank or on another that solves along."""
+        rows = rows_not_finite(*(part for state in states for part in components(self.field, state)))
+        if any_rank(bool(rows), self.solver.norm, states[0].device):
+            raise self._error(reason if rows else f"{reason} on another rank", t, step, rows)
+
+    def _error(self, reason: str, t: Time, step: float, rows: Sequence[int] = ()) -> SolveError:
+        return SolveError(
+            f"{reason} ({self.solver})",
+            depth=float(t),
+            step=step,
+            evaluations=self.evaluations,
+            rows=rows,
+            steps=self.tried[-8:],
+            advice=advice(rows, self.tried, len(self.ratios)),
+        )
+
+
+def _between(depth: float, bounds: list[float]) -> float:
+    return min(max(depth, min(bounds)), max(bounds))
