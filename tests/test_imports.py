@@ -29,6 +29,7 @@ RANK = {part: rank for rank, parts in enumerate(RANKS) for part in parts}
 DOORS = {
     "torchdiffeq": ("solvers/",),
     "torchsde": ("solvers/",),
+    "torchode": ("solvers/", "analysis/bench"),
     "torchvision": ("convert.py", "training/data.py"),
     "pytorch_lightning": ("training/", "cli/"),
     "lightning": (),

@@ -15,6 +15,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torchdiffeq._impl.odeint import SOLVERS
 
 from continuum.fields import Field
+from continuum.solvers.arithmetic import compile_field
 from continuum.solvers.base import (
     Cost,
     Solution,
@@ -29,6 +30,7 @@ from continuum.solvers.discrete_adjoint import solve
 from continuum.solvers.library import LibrarySolve
 from continuum.solvers.norms import Norm
 from continuum.solvers.pairs import METHODS, PAIRS, pair_of
+from continuum.solvers.per_image import PER_IMAGE_METHODS, check_per_image, solve_per_image
 from continuum.solvers.stepping import Keep, Stepper
 from continuum.types import State
 
@@ -81,7 +83,7 @@ class Adaptive(Solver):
             raise ValueError(
                 f"{self.method!r} is a fixed-grid method: use FixedStep with a scheme, for example FixedStep(RK4(), h=1)"
             )
-        if self.method not in METHODS:
+        if self.method not in METHODS and not (self.engine == "torchode" and self.method in PER_IMAGE_METHODS):
             raise ValueError(f"unknown adaptive method {self.method!r}; torchdiffeq has {', '.join(METHODS)}")
         for name, valid in (("gradient", Gradient), ("engine", Engine | None), ("norm", Norm)):
             choices = [choice for part in get_args(valid) for choice in (get_args(part) or (part,))]
@@ -103,9 +105,14 @@ class Adaptive(Solver):
         fits = self.method in PAIRS and pair_of(self.method).reuses_last and "adjoint" not in self.gradient
         return self.engine or ("continuum" if fits else "torchdiffeq")
 
+    @property
+    def _forward_only(self) -> bool:
+        """Whether the method is SciPy's."""
+        return self.method in METHODS and self.method not in PAIRS
+
     def _check_combination(self) -> None:
         engine = self.chosen_engine
-        if self.method not in PAIRS and (self.first_step is not None or self.gradient != "direct" or self.norm != "batch"):
+        if self._forward_only and (self.first_step is not None or self.gradient != "direct" or self.norm != "batch"):
             raise ValueError(f"{self.method} goes forward only, through SciPy: no first_step, no other gradient, no other norm")
         if engine != "torchdiffeq" and "adjoint" in self.gradient:
             raise ValueError(f"gradient={self.gradient!r} is torchdiffeq's: leave the engine out, or say engine='torchdiffeq'")
@@ -119,6 +126,8 @@ class Adaptive(Solver):
                 f"engine='continuum' takes pairs whose last stage is the next first one, and that of {self.method} is not: "
                 "leave the engine out"
             )
+        if engine == "torchode" and self.method not in PER_IMAGE_METHODS:
+            raise ValueError(f"engine='torchode' has {', '.join(PER_IMAGE_METHODS)}, not {self.method}")
         if engine == "torchode" and (self.norm != "sample" or self.gradient != "direct"):
             raise ValueError(
                 "engine='torchode' controls the error of each image and differentiates its steps: it needs norm='sample' and "
@@ -132,6 +141,8 @@ class Adaptive(Solver):
 
     def check(self, field: Field) -> None:
         refuse_noise(field, str(self))
+        if self.chosen_engine == "torchode":
+            check_per_image(field)
         for name, module in field.named_modules():
             if isinstance(module, _DropoutNd) and module.p and module.training:
                 raise TypeError(
@@ -140,13 +151,28 @@ class Adaptive(Solver):
                 )
 
     def __call__(self, field: Field, x: State, times: Sequence[float], previous: State | None = None) -> Solution:
+        if torch.compiler.is_compiling():
+            return _between_graphs(self, field, x, times)  # pyright: ignore[reportCallIssue]
         self.check(field)  # again, because training may have been switched on since
         differentiated = needs_grad(field, x)
-        if self.method not in PAIRS and differentiated:
+        if self._forward_only and differentiated:
             raise RuntimeError(f"{self.method} goes forward only: solve under torch.no_grad(), or with another method")
         if not x.numel() and self.norm != "global":  # an empty batch has no error to control
             return Solution([x] * len(times), Cost(0, 0, 0, tuple(times)))
         self._warn_of_rounding(x)
+        if self.chosen_engine == "torchode":
+            return solve_per_image(
+                field,
+                x,
+                times,
+                method=self.method,
+                rtol=self.rtol,
+                atol=self.atol,
+                first_step=self.first_step,
+                min_step=self.min_step,
+                max_step=self.max_step,
+                max_evaluations=self.max_evaluations,
+            )
         with restored_on_error(field):
             if self.chosen_engine == "continuum":
                 kept: dict[Gradient, Keep] = {"direct": "graphs", "checkpoint": "states"}
@@ -168,3 +194,10 @@ class Adaptive(Solver):
                 "where the error is mostly rounding, steps get shorter in vain: take a looser rtol, or a wider type",
                 stacklevel=4,
             )
+
+
+@torch.compiler.disable
+def _between_graphs(solver: Adaptive, field: Field, x: State, times: Sequence[float]) -> Solution:
+    """A solve inside a compiled network: how many steps it takes is not known to the compiler, so it sees field and sums."""
+    compile_field(field)
+    return solver(field, x, times)

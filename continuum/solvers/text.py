@@ -28,6 +28,7 @@ from continuum.solvers.base import Solver
 from continuum.solvers.brownian import Brownian
 from continuum.solvers.fixed import FixedStep
 from continuum.solvers.pairs import METHODS, PAIRS, Embedded
+from continuum.solvers.per_image import PER_IMAGE_METHODS
 
 KNOWN = (
     Euler(),
@@ -92,7 +93,7 @@ def parse(text: str) -> Solver:
     options = dict(_option(text, part) for part in rest.split(",") if part.strip())
     if name in PAIRS and options.keys() & {"h", "grid"}:
         return FixedStep(Embedded(name), **_values(text, options, FIXED_OPTIONS))  # pyright: ignore[reportArgumentType]
-    if name in METHODS:
+    if name in METHODS or name in PER_IMAGE_METHODS:
         return Adaptive(name, **_values(text, options, ADAPTIVE_OPTIONS))  # pyright: ignore[reportArgumentType]
     if name == "brownian":
         return Brownian(**_values(text, options, BROWNIAN_OPTIONS))  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,222 @@
+"""Per-image steps: dx/dt = f(x) where every image has a step size of its own, h_i, by the optional library torchode.
+
+One step of the batch is one step of each image, x_i + h_i sum_j b_j k_ij, so that the images are at different depths at once.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NoReturn, cast
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from continuum.fields import Field
+from continuum.fields.base import checked
+from continuum.schemes.base import layer_at
+from continuum.solvers.base import CHECK_INPUTS, LOOSER, Cost, Solution, SolveError, restored_on_error
+from continuum.solvers.packed import Packed
+from continuum.types import State, Time
+
+PER_IMAGE_METHODS: dict[str, str] = {"dopri5": "Dopri5", "tsit5": "Tsit5", "adaptive_heun": "Heun"}
+"""torchode's names of the methods by ours."""
+
+ONE_FOR_ALL = "take one sequence of steps for the whole batch, as Adaptive does without engine='torchode'"
+
+
+def solve_per_image(
+    field: Field,
+    x: State,
+    times: Sequence[float],
+    *,
+    method: str,
+    rtol: float,
+    atol: float,
+    first_step: float | None = None,
+    min_step: float = 0.0,
+    max_step: float = float("inf"),
+    max_evaluations: int = 10_000,
+) -> Solution:
+    """Solve dx/dt = field(x) for each image with its own steps, each step's error below atol + rtol |x| (its root mean square).
+
+    What an image gets does not depend on the others. It is evaluated for as long as any of them is under way, and steps of
+    length zero are stored for the gradient too: both cost as many steps as the image with the most takes. The gradient is the
+    exact one of these steps, whose sizes are constants. States at depths between the first and the last are read from the
+    method's interpolation, so that asking for them changes no step; their error goes with the tolerance too, but can be ten
+    times that of the end.
+
+    In the cost, `evaluations` are calls of the field with the whole batch, `accepted` and `rejected` the steps of the image
+    with the most; `grid` is empty, for there is no grid common to all.
+
+    Raises:
+        ImportError: torchode is not installed.
+        ValueError: a method that torchode lacks, or a state without features behind its batch axis.
+        TypeError: a field that depends on depth, batch statistics, or a tuple of states.
+        SolveError: a state not finite, a step below `min_step` or below rounding, or `max_evaluations` spent.
+    """
+    torchode = _torchode()
+    if method not in PER_IMAGE_METHODS:
+        raise ValueError(f"steps of each image are taken by one of {', '.join(PER_IMAGE_METHODS)}; torchode has no {method!r}")
+    check_per_image(field)
+    if x.ndim < 2:
+        raise ValueError(f"steps of each image need a state (batch, features, ...), not one of shape {tuple(x.shape)}")
+    if not x.numel():  # an empty batch has no error to control
+        return Solution([x] * len(times), Cost(0, 0, 0, ()))
+    solve = _Solve(torchode, field, x, times, rtol, atol, min_step, max_step, max_evaluations)
+    term = torchode.ODETerm(solve.evaluate, with_stats=False)
+    stepper = getattr(torchode, PER_IMAGE_METHODS[method])(term=term)
+    loop = torchode.AutoDiffAdjoint(stepper, solve, backprop_through_step_size_control=False)
+    start, *between, stop = (torch.full((len(x),), t, dtype=torch.float64, device=x.device) for t in times)
+    problem = torchode.InitialValueProblem(x.flatten(1), start, stop, torch.stack(between, dim=1) if between else None)
+    step = None if first_step is None else torch.full_like(start, solve.way * first_step)
+    # Under autocast torchode would sum its stages in half precision; only the field is meant to be.
+    with restored_on_error(field), torch.autocast(x.device.type, enabled=False):
+        solution = loop.solve(problem, term=term, dt0=step)
+        solve.check(solution.status)
+    states = [solution.ys[:, i].reshape(x.shape) for i in range(len(between))]
+    steps, accepted = solution.stats["n_steps"], solution.stats["n_accepted"]
+    slowest = int(steps.argmax())
+    cost = Cost(solve.evaluations, int(accepted[slowest]), int(steps[slowest] - accepted[slowest]), ())
+    return Solution([x, *states, solve.x.reshape(x.shape)], cost)
+
+
+def check_per_image(field: Field) -> None:
+    """Raise TypeError if `field` jumps in depth or mixes images, so that they cannot go their own ways.
+
+    Whether a smooth field reads the depth only its evaluation shows: `solve_per_image` hands it a depth that cannot be read.
+    """
+    if isinstance(field, Packed):
+        raise TypeError(
+            "a tuple of states is carried as one flat tensor, which has no row for each image: lay the states side by side on "
+            f"axis 1 of one state, or {ONE_FOR_ALL}"
+        )
+    if field.knots:
+        raise TypeError(
+            f"with steps of their own, images are at different depths at once, and this {type(field).__name__} jumps at "
+            f"{field.knots}: {ONE_FOR_ALL}"
+        )
+    for name, module in field.named_modules():
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            raise TypeError(
+                f"{name} is a {type(module).__name__} that takes the statistics of the batch, so the images are one equation "
+                f"and cannot have steps of their own: put it in eval() mode, take nn.GroupNorm, or {ONE_FOR_ALL}"
+            )
+
+
+def _torchode() -> Any:
+    try:
+        import torchode
+    except ImportError as error:
+        raise ImportError("steps of each image are taken by torchode, which is not installed: pip install torchode") from error
+    return torchode
+
+
+def _read(*_: object, **__: object) -> NoReturn:
+    raise TypeError(
+        "this field reads the depth, and with steps of their own images are at different depths at once, where a field knows "
+        f"one: give it another field, f(x) alone, or {ONE_FOR_ALL}"
+    )
+
+
+class _Unreadable:
+    """The depth of an autonomous field: it may be passed on, and raises TypeError at any use.
+
+    A NaN would show in a product, but not in a comparison.
+    """
+
+    __torch_function__ = classmethod(_read)
+    __getattr__ = _read
+
+
+BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "divmod", "pow")
+OTHERS = "neg pos abs round trunc floor ceil bool int float complex index lt le gt ge eq ne hash str format len iter getitem"
+for _name in (*BINARY, *(f"r{name}" for name in BINARY), *OTHERS.split()):
+    setattr(_Unreadable, f"__{_name}__", _read)
+
+
+class _Solve:
+    """One solve in progress: the field as torchode calls it, and torchode's controller of the steps with a look at each.
+
+    torchode's own limits are not used: its shortest step fails every image that is finished before the others, and its
+    largest number of steps one that is finished by the last of them.
+    """
+
+    def __init__(
+        self,
+        torchode: Any,
+        field: Field,
+        x: State,
+        times: Sequence[float],
+        rtol: float,
+        atol: float,
+        min_step: float,
+        max_step: float,
+        max_evaluations: int,
+    ) -> None:
+        self.status = torchode.Status
+        self.controller = torchode.IntegralController(atol, rtol, dt_max=max_step)
+        self.field = layer_at(field, times[0])  # the only one: there are no knots
+        self.depth = cast(Time, _Unreadable())
+        self.shape = x.shape
+        self.stop = times[-1]
+        self.way = 1.0 if times[-1] > times[0] else -1.0
+        self.min_step, self.max_step = min_step, max_step
+        self.max_evaluations = max_evaluations
+        self.evaluations = 0
+        # The depth and state of each image and the step it was last tried with.
+        self.t = torch.full((len(x),), times[0], dtype=torch.float64, device=x.device)
+        self.h = torch.zeros_like(self.t)
+        self.x = x.flatten(1)
+        self.autocast = torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type), x.device.type
+
+    def evaluate(self, t: Tensor, x: Tensor) -> Tensor:
+        if self.evaluations >= self.max_evaluations:
+            raise self.error("the evaluation budget is spent", self.under_way(self.t), LOOSER)
+        self.evaluations += 1
+        images = x.reshape(self.shape)
+        enabled, dtype, device = self.autocast
+        with torch.autocast(device, dtype=dtype, enabled=enabled):
+            slope = checked(self.field(self.depth, images), images)
+        return slope.to(x.dtype).flatten(1)
+
+    def under_way(self, t: Tensor) -> Tensor:
+        """Which images have not reached the end."""
+        return self.way * t < self.way * self.stop
+
+    def check(self, status: Tensor) -> None:
+        """Raise SolveError if torchode stopped before the end."""
+        worst = int(status.max())
+        if worst == self.status.REACHED_DT_MIN.value:
+            raise self.error("the step size underflows", status == worst, LOOSER)
+        if worst != self.status.SUCCESS.value:
+            raise self.error("the state or its field is not finite", status == worst, CHECK_INPUTS)
+
+    def error(self, reason: str, at_fault: Tensor, advice: str) -> SolveError:
+        rows = torch.nonzero(at_fault).flatten().tolist()
+        return SolveError(
+            f"{reason} (steps of each image)",
+            depth=float(self.t[rows[0]]),
+            step=float(self.h[rows[0]].abs().nan_to_num()),
+            evaluations=self.evaluations,
+            rows=rows,
+            advice=advice,
+        )
+
+    # What torchode asks a controller for.
+
+    def init(self, term: Any, problem: Any, order: int, dt0: Tensor | None, *, stats: Any, args: Any) -> Any:
+        h, state, slope = self.controller.init(term, problem, order, dt0, stats=stats, args=args)
+        return h.clamp(-self.max_step, self.max_step), state, slope
+
+    def adapt_step_size(self, t: Tensor, h: Tensor, x: Tensor, step: Any, state: Any, stats: Any) -> Any:
+        accept, after, state, status = self.controller.adapt_step_size(t, h, x, step, state, stats)
+        under_way = self.under_way(t)
+        taken = accept & under_way
+        stuck = (t + h == t) | (~accept & (after.abs() < self.min_step))
+        status = torch.where(stuck & (status == self.status.SUCCESS.value), self.status.REACHED_DT_MIN.value, status)
+        self.t, self.h = torch.where(taken, t + h, t), h
+        # torchode reads the end from its interpolation too, where up to a hundred units in the last place are lost.
+        self.x = torch.where(taken[:, None], step.y, x)
+        return accept, after, state, torch.where(under_way, status, self.status.SUCCESS.value)
+
+    def merge_states(self, running: Tensor, current: Any, previous: Any) -> Any:
+        return self.controller.merge_states(running, current, previous)
