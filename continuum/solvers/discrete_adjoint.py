@@ -15,8 +15,8 @@ from torch import Tensor
 from torch._C._autograd import _get_current_graph_task_keep_graph as keeps_graph
 
 from continuum.solvers.base import needs_grad, statistics_untouched
-from continuum.solvers.replay import Gradients, Precision, RandomState, as_drawn
-from continuum.solvers.stepping import Evaluation, Piece, Step, Stepper, attempt, evaluated
+from continuum.solvers.replay import Gradients, Precision, as_drawn
+from continuum.solvers.stepping import Evaluation, Repeat, Step, Stepper, attempt, evaluated
 from continuum.types import State
 
 ONCE = (
@@ -65,29 +65,27 @@ class _Backward:
     def __call__(self, grads: Sequence[Tensor]) -> tuple[Tensor, Gradients]:
         """The gradients of the first state and of the parameters, from those of the requested states."""
         keep, total = keeps_graph(), Gradients()
+        steps = reversed(self.stepper.steps) if keep else _emptied(self.stepper.steps)
         end = grads[-1]
-        for piece in reversed(self.stepper.pieces):
-            first = None
-            for step in reversed(piece.steps):
-                if step.output is not None and step.output < len(grads) - 1:
-                    end = end + grads[step.output]
-                evaluations = step.evaluations if step.x is None else self._repeat(step, with_last=first is not None)
-                end, first = self._step_back(step.h, list(evaluations) if keep else evaluations, end, first, keep, total)
-            if first is not None:
-                evaluation = piece.first or self._repeat_first(piece)
-                end = _added(end, self._through(evaluation, first, keep, total))
+        for step in steps:
+            if step.output is not None and step.output < len(grads) - 1:
+                end = end + grads[step.output]
+            evaluations = self._repeat(step, step.start) if isinstance(step.start, Repeat) else list(step.evaluations)
+            step.evaluations = step.evaluations if keep else []
+            end, slope = self._stages_back(step.h, evaluations, end, keep, total)
+            if slope is not None:
+                end = _added(end, self._through(self._at_start(step.start), slope, keep, total))
         return end, total
 
-    def _step_back(
-        self, h: float, evaluations: list[Evaluation], end: Tensor, first: Tensor | None, keep: bool, total: Gradients
+    def _stages_back(
+        self, h: float, evaluations: list[Evaluation], end: Tensor, keep: bool, total: Gradients
     ) -> tuple[Tensor, Tensor | None]:
-        """The gradients of the state before a step and of its first slope, from those of the state after it and of the last
-        slope, where the next step began with it. Evaluations are taken off the list, so that their memory is free again.
+        """The gradients of the state before a step, without the part through the slope there, and of that slope.
+
+        Evaluations are taken off the list, so that their memory is free again.
         """
         pair, combine = self.stepper.pair, self.stepper.sums.combine
         stages = len(pair.b) - 1  # those that the new state is made of
-        if first is not None:
-            end = _added(end, self._through(evaluations.pop(), first, keep, total))
         through: list[Tensor | None] = [None] * stages
         slope = None
         for i in reversed(range(stages)):
@@ -107,30 +105,38 @@ class _Backward:
         total.add(self.parameters, found)
         return through
 
-    def _repeat(self, step: Step, with_last: bool) -> list[Evaluation]:
-        """The evaluations of a step behind the first, once more; the last one only where the next step began with it."""
-        assert step.x is not None
-        assert step.first is not None
+    def _repeat(self, step: Step, start: Repeat) -> list[Evaluation]:
+        """The evaluations of a step behind the one at its start, once more."""
+        assert step.slope is not None
         made: list[Evaluation] = []
+        random = iter(step.random)
 
         def evaluate(t: float, x: State) -> State:
-            evaluation, slope = evaluated(self.stepper.field, t, x)
+            with as_drawn(next(random), x.device):
+                evaluation, slope = evaluated(self.stepper.field, t, x)
             made.append(evaluation)
             return slope
 
-        depths = step.depths if with_last else step.depths[:-1]
-        with self._as_before(step.random, step.x.device):
-            attempt(self.stepper.pair, evaluate, self.stepper.sums, step.x, step.first, step.h, depths)
+        with self._as_before():
+            attempt(self.stepper.pair, evaluate, self.stepper.sums, start.x, step.slope, step.h, step.depths)
         return made
 
-    def _repeat_first(self, piece: Piece) -> Evaluation:
-        with self._as_before(piece.random, piece.x.device):
-            return evaluated(self.stepper.field, piece.depth, piece.x)[0]
+    def _at_start(self, start: Evaluation | Repeat) -> Evaluation:
+        if isinstance(start, Evaluation):
+            return start
+        with self._as_before(), as_drawn(start.random, start.x.device):
+            return evaluated(self.stepper.field, start.depth, start.x)[0]
 
     @contextmanager
-    def _as_before(self, random: RandomState | None, device: torch.device) -> Iterator[None]:
-        with as_drawn(random, device), self.precision.again(), statistics_untouched(self.stepper.field):
+    def _as_before(self) -> Iterator[None]:
+        with self.precision.again(), statistics_untouched(self.stepper.field):
             yield
+
+
+def _emptied(steps: list[Step]) -> Iterator[Step]:
+    """The steps from the last to the first, each forgotten when the next is asked for."""
+    while steps:
+        yield steps.pop()
 
 
 def _added(total: Tensor, part: Tensor | None) -> Tensor:

@@ -51,28 +51,40 @@ class Evaluation:
 
 
 @dataclass
-class Step:
-    """An accepted step, as its gradient needs it: the evaluations behind the first, or what it takes to repeat them."""
-
-    h: float
-    evaluations: list[Evaluation]
-    x: State | None = None
-    first: State | None = None
-    depths: Sequence[float] = ()
-    random: RandomState | None = None
-    output: int | None = None
-    """Which of the requested states the step ends in, if in any."""
-
-
-@dataclass
-class Piece:
-    """The steps from knot to knot, between which the field is smooth, and the evaluation that they begin with."""
+class Repeat:
+    """What it takes to evaluate the field once more as it was: where, and the random numbers it drew."""
 
     depth: float
     x: State
-    first: Evaluation | None = None
-    random: RandomState | None = None
-    steps: list[Step] = field(default_factory=list)
+    random: RandomState | None
+
+
+@dataclass
+class Step:
+    """An accepted step, as its gradient needs it.
+
+    Its new state is made of the value at its `start`, and of those behind it: their graphs, in `evaluations`, or what it takes
+    to repeat them, the value at the start (`slope`) and where they were (x is not known before they are repeated). `output`
+    says which of the requested states the step ends in, if in any.
+    """
+
+    h: float
+    start: Evaluation | Repeat
+    evaluations: list[Evaluation] = field(default_factory=list)
+    slope: State | None = None
+    depths: Sequence[float] = ()
+    random: Sequence[RandomState | None] = ()
+    output: int | None = None
+
+
+@dataclass
+class Point:
+    """Where a solve is: the state at depth t, the slope there, and how that came about."""
+
+    t: float
+    x: State
+    slope: State
+    origin: Evaluation | Repeat | None
 
 
 def evaluated(field: Field, t: Time, x: State) -> tuple[Evaluation, State]:
@@ -106,15 +118,15 @@ class Stepper:
         self.pair = pair_of(solver.method)
         self.sums = arithmetic_of(field)
         self.norm = NORMS[solver.norm]
-        self.step = solver.first_step
+        self.differentiated = torch.is_grad_enabled()
         self.way = 1.0 if times[-1] > times[0] else -1.0
+        self.step = solver.first_step
         self.grid = [times[0]]
         self.ratios: list[float] = []
         self.tried: list[float] = []
         self.evaluations = 0
-        self.pieces: list[Piece] = []
-        self.made: list[Evaluation] = []
-        self.differentiated = torch.is_grad_enabled()
+        self.made: list[Evaluation | Repeat] = []
+        self.steps: list[Step] = []
 
     def cost(self) -> Cost:
         accepted = len(self.ratios)
@@ -126,94 +138,103 @@ class Stepper:
         for start, stop in pairwise(cut_at_knots(self.field.knots, self.times[0], self.times[-1])):
             # Depths just inside the piece, so that no stage reads a layer beyond a knot.
             bounds = [inside(self.field.knots, start, stop - start, c, x.dtype) for c in (0, 1)]
-            between = [t for t in self.times if min(start, stop) < t < max(start, stop)]
-            x = self._run_piece(x, start, bounds, [*between, stop], states)
+            point = self._start(start, x, bounds)
+            for end in (*(t for t in self.times if min(start, stop) < t < max(start, stop)), stop):
+                while point.t != end:
+                    point = self._advance(point, end, bounds)
+                if end in self.times:
+                    states.append(point.x.detach())
+                    if self.steps:
+                        self.steps[-1].output = len(states) - 1
+            x = point.x
+        self.made.clear()
         return states
 
-    def _run_piece(self, x: State, t: float, bounds: list[float], stops: list[float], states: list[State]) -> State:
-        piece = Piece(bounds[0], x)
-        first = self._first_slope(piece)
-        if self.step is None:
-            self.step = self._choose_first_step(t, x, first, bounds)
-        for stop in stops:
-            while t != stop:
-                t, x, first = self._advance(piece, t, x, first, stop, bounds)
-            if stop in self.times:
-                states.append(x.detach())
-                if piece.steps:
-                    piece.steps[-1].output = len(states) - 1
-        if piece.steps and piece.steps[-1].evaluations:
-            piece.steps[-1].evaluations.pop()  # nobody goes on from the last slope, so no gradient comes through it
-        if self.keep != "nothing":
-            self.pieces.append(piece)
-        return x
-
-    def _first_slope(self, piece: Piece) -> State:
-        """f at the start of a piece; with its graph wherever a gradient may be wanted, to see that it leads nowhere else."""
-        before = random_state(piece.x.device) if self.keep == "states" else None
-        self._count(piece.depth)
-        if not self.differentiated:
-            return self._numbers(self.field, piece.depth, piece.x)
-        evaluation, slope = evaluated(self.field, piece.depth, piece.x)
-        check_closed(evaluation.edge, evaluation.x, self.field, str(self.solver))
-        if self.keep == "graphs":
-            piece.first = evaluation
+    def _start(self, t: float, x: State, bounds: list[float]) -> Point:
+        """The slope at the start of a piece; with its graph wherever a gradient may be wanted, to see that it leads nowhere
+        else.
+        """
+        before = self._random_state(x)
+        self._count(t)
+        if self.differentiated:
+            evaluation, slope = evaluated(self.field, bounds[0], x)
+            check_closed(evaluation.edge, evaluation.x, self.field, str(self.solver))
+        else:
+            evaluation, slope = None, self._numbers(self.field, bounds[0], x)
+        origin = evaluation
         if before is not None:
-            piece.random = unless_unused(before, piece.x.device)
-        return slope
+            origin = Repeat(bounds[0], x, unless_unused(before, x.device))
+        point = Point(t, x, slope, origin)
+        if self.step is None:
+            self.step = self._choose_first_step(point, bounds)
+        return point
 
-    def _advance(
-        self, piece: Piece, t: float, x: State, first: State, stop: float, bounds: list[float]
-    ) -> tuple[float, State, State]:
-        """Attempt one step towards `stop`: (t, x, slope) where it leads to, or as they were if it is rejected."""
-        h = self._size(t, x, first)
+    def _advance(self, point: Point, stop: float, bounds: list[float]) -> Point:
+        """Attempt one step towards `stop`: where it leads to, or the point itself if it is rejected."""
+        t, x = point.t, point.x
+        h = self._size(point)
         left = abs(stop - t)
         # A step that comes within rounding of the stop ends on it.
         hits = h >= left - 4 * sys.float_info.epsilon * max(abs(t), abs(stop))
         size = left if hits else h
         end = stop if hits else t + self.way * size
         depths = [_between(end if c == 1 else t + c * (end - t), bounds) for c in self.pair.c[1:]]
-        before = random_state(x.device) if self.keep == "states" else None
         self.made = []
         signed = self.way * size
-        new, slopes = attempt(self.pair, self._evaluate, self.sums, x, first, signed, depths)
+        new, slopes = attempt(self.pair, self._evaluate, self.sums, x, point.slope, signed, depths)
         error = self.sums.scaled_error(signed, self.pair.e, slopes, x, new, self.solver.rtol, self.solver.atol)
         ratio = self.norm(components(self.field, error)).item()
         self.tried.append(size)
         if ratio != ratio:
-            self._check_finite("the state or its field is not finite", t, size, x, first)
+            self._check_finite("the state or its field is not finite", t, size, x, point.slope)
             ratio = float("inf")  # the step went too far: a smaller one may be finite
         factor = SAFETY * ratio ** (-1 / self.pair.order) if ratio else float("inf")
         grown = size * min(LARGEST_GROWTH, max(factor, 1.0 if ratio < 1 else LARGEST_CUT))
         # A step that was cut short to end on the stop need not grow back to its size.
         self.step = max(grown, min(h, size * factor)) if hits else grown
         if not ratio <= 1:
-            return t, x, first
+            return point
         self.grid.append(end)
         self.ratios.append(ratio)
-        if self.keep == "graphs":
-            piece.steps.append(Step(signed, self.made))
-        elif self.keep == "states":
-            assert before is not None
-            random = unless_unused(before, x.device)
-            piece.steps.append(Step(signed, [], x.detach(), first, depths, random))
-        return end, new, slopes[-1]
+        return Point(end, new, slopes[-1], self._keep(point, signed, depths))
 
-    def _size(self, t: float, x: State, first: State) -> float:
+    def _keep(self, point: Point, h: float, depths: list[float]) -> Evaluation | Repeat | None:
+        """Keep what the gradient of an accepted step needs; its last evaluation belongs to the step that begins with it."""
+        if point.origin is None or self.keep == "nothing":
+            return None
+        *made, last = self.made
+        step = Step(h, point.origin)
+        if self.keep == "graphs":
+            step.evaluations = [evaluation for evaluation in made if isinstance(evaluation, Evaluation)]
+        else:
+            step.slope, step.depths = point.slope, depths[:-1]
+            step.random = [repeat.random for repeat in made if isinstance(repeat, Repeat)]
+        self.steps.append(step)
+        return last
+
+    def _size(self, point: Point) -> float:
         assert self.step is not None
+        t = point.t
         h = min(self.step, self.solver.max_step)
         if not h >= self.solver.min_step or t + self.way * h == t:
-            self._check_finite("the state or its field is not finite", t, h, x, first)
+            self._check_finite("the state or its field is not finite", t, h, point.x, point.slope)
             raise self._error("the step size underflows", t, h)
         return h
 
     def _evaluate(self, t: float, x: State) -> State:
         self._count(t)
-        if self.keep != "graphs":
-            return self._numbers(self.field, t, x)
-        evaluation, slope = evaluated(self.field, t, x)
-        self.made.append(evaluation)
+        if self.keep == "graphs":
+            evaluation, slope = evaluated(self.field, t, x)
+            self.made.append(evaluation)
+            return slope
+        before = self._random_state(x)
+        slope = self._numbers(self.field, t, x)
+        if before is not None:
+            self.made.append(Repeat(t, x, unless_unused(before, x.device)))
         return slope
+
+    def _random_state(self, x: State) -> RandomState | None:
+        return random_state(x.device) if self.keep == "states" else None
 
     def _count(self, t: Time) -> None:
         if self.evaluations >= self.solver.max_evaluations:
@@ -224,21 +245,22 @@ class Stepper:
     def _numbers(field: Field, t: Time, x: State) -> State:
         return checked(field(t, x), x).detach().to(x.dtype)
 
-    def _choose_first_step(self, t: float, x: State, slope: State, bounds: list[float]) -> float:
+    def _choose_first_step(self, point: Point, bounds: list[float]) -> float:
         """A first step from the size of the field and of its change (Hairer, Norsett, Wanner I, II.4), as torchdiffeq's.
 
         The sizes stay on the device until the end, so that it is waited for once.
         """
-        scale = self.solver.atol + self.solver.rtol * x.detach().abs()
+        t, x, slope = point.t, point.x, point.slope
+        scale = self.solver.atol + self.solver.rtol * x.abs()
 
         def size(change: State) -> Tensor:
             return self.norm(components(self.field, change / scale))
 
-        state, speed = size(x.detach()), size(slope)
+        state, speed = size(x), size(slope)
         tiny = torch.full_like(state, 1e-6)
         h = torch.where((state < 1e-5) | (speed < 1e-5), tiny, 0.01 * state / speed)
         later = (bounds[0] + self.way * h).clamp(min(bounds), max(bounds)).to(x.dtype)
-        moved = x.detach() + self.way * h.to(x.dtype) * slope
+        moved = x + self.way * h.to(x.dtype) * slope
         # A layer is looked up by a number: of piecewise constant weights, ask the one in force.
         smooth = layer_at(self.field, bounds[0])
         self._count(t)
