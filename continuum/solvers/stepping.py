@@ -223,14 +223,11 @@ class Stepper:
 
     def _evaluate(self, t: float, x: State) -> State:
         self._count(t)
-        if self.keep == "graphs":
-            evaluation, slope = evaluated(self.field, t, x)
-            self.made.append(evaluation)
-            return slope
+        if self.keep == "nothing":
+            return self._numbers(self.field, t, x)
         before = self._random_state(x)
-        slope = self._numbers(self.field, t, x)
-        if before is not None:
-            self.made.append(Repeat(t, x, unless_unused(before, x.device)))
+        evaluation, slope = evaluated(self.field, t, x)
+        self.made.append(evaluation if before is None else Repeat(t, x, unless_unused(before, x.device)))
         return slope
 
     def _random_state(self, x: State) -> RandomState | None:
@@ -241,9 +238,9 @@ class Stepper:
             raise self._error("the evaluation budget is spent", t, self.step or 0.0)
         self.evaluations += 1
 
-    @staticmethod
-    def _numbers(field: Field, t: Time, x: State) -> State:
-        return checked(field(t, x), x).detach().to(x.dtype)
+    def _numbers(self, field: Field, t: Time, x: State) -> State:
+        """f(t, x) alone; where a gradient is wanted with a graph for the moment, for fields that differentiate inside."""
+        return checked(field(t, x), x).detach().to(x.dtype) if self.keep == "nothing" else evaluated(field, t, x)[1]
 
     def _choose_first_step(self, point: Point, bounds: list[float]) -> float:
         """A first step from the size of the field and of its change (Hairer, Norsett, Wanner I, II.4), as torchdiffeq's.
