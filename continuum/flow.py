@@ -4,16 +4,23 @@ import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from continuum.fields import Field
+from continuum.fields.base import checked
+from continuum.noise.base import has_noise
+from continuum.schemes.base import inside
 from continuum.schemes.stochastic import without_noise
 from continuum.solvers import Adaptive, Brownian, Cost, Embedded, FixedStep, Solver, parse
-from continuum.solvers.base import evaluating
-from continuum.types import State
+from continuum.solvers.adaptive import PAIRS
+from continuum.solvers.arithmetic import compile_field
+from continuum.solvers.base import evaluating, statistics_untouched
+from continuum.solvers.fixed import compile_whole
+from continuum.solvers.packed import Packed, pack
+from continuum.types import State, StateOrStates, States
 from continuum.weights import PiecewiseConstant
 
 
@@ -22,6 +29,12 @@ class Flow(nn.Module):
 
     The weights are the field's: `with_solver` integrates the same weights otherwise. A solver may be given as text.
     `cost` holds evaluations, accepted and rejected steps and the grid of the last solve.
+
+    A state is a tensor, or a tuple of tensors where the field takes a tuple and returns one slope for each. Under autocast a
+    state that comes in half precision is taken to float32: the field computes in half precision, the sums do not.
+
+    A depth that is a 0-dim parameter is learnt, with dx(depth)/d depth = field(depth, x(depth)), and `depth` is its value now.
+    The steps must be free to end where it goes, so the solver is an adaptive one.
 
     >>> from continuum.fields import MLP
     >>> flow = Flow(MLP(2, hidden=16), "dopri5:rtol=1e-4,atol=1e-4", depth=1)
@@ -32,40 +45,133 @@ class Flow(nn.Module):
     torch.Size([8, 2])
 
     Raises:
-        TypeError: the field is no `Field`, or the solver cannot solve it.
+        TypeError: the field is no `Field`, or the solver cannot solve it; a depth is learnt under fixed steps or noise.
         ValueError: the depth is not positive, or the solver's fixed step does not divide it.
     """
 
-    def __init__(self, field: Field, solver: Solver | str, depth: float) -> None:
+    def __init__(self, field: Field, solver: Solver | str, depth: float | Tensor) -> None:
         super().__init__()
         if not isinstance(field, Field):
             raise TypeError(f"a Flow needs a Field, not a {type(field).__name__}: wrap a module as Autonomous(module)")
+        if isinstance(depth, Tensor) and depth.dim():
+            raise ValueError(f"depth is one number, a 0-dim tensor, not a tensor of shape {tuple(depth.shape)}")
         if not depth > 0:
-            raise ValueError(f"depth is a positive number of layers, not {depth}")
+            raise ValueError(f"depth is a positive number of layers, not {_number(depth)}")
         self.field = field
         self.solver = parse(solver) if isinstance(solver, str) else solver
-        self.depth = float(depth)
+        learnt = isinstance(depth, nn.Parameter) or (isinstance(depth, Tensor) and depth.requires_grad)
+        self.end: float | Tensor = depth if learnt else _number(depth)
         self.refined = 1
         self.cost: Cost | None = None
         if not isinstance(self.solver, Solver):
             raise TypeError(f"a Flow needs a Solver or its text, not {solver!r}")
         self.solver.check(field)
-        if isinstance(self.solver, FixedStep | Brownian):
+        if learnt:
+            self._check_learnt()
+        elif isinstance(self.solver, FixedStep | Brownian):
             self.solver.steps(0.0, self.depth)
 
-    def forward(self, x: State, memory: State | None = None) -> State:
-        """x(depth) from x = x(0); `memory` is the state one layer before x, for schemes that remember one."""
-        solution = self.solver(self.field, x, (0.0, self.depth), self._one_layer_before(x, memory))
-        self.cost = solution.cost
-        return solution.states[-1]
+    @property
+    def depth(self) -> float:
+        """The depth in layers; where it is learnt, its value now."""
+        return _number(self.end)
 
-    def _one_layer_before(self, x: State, memory: State | None) -> State | None:
+    def forward(self, x: StateOrStates, memory: State | None = None) -> StateOrStates:
+        """x(depth) from x = x(0); `memory` is the state one layer before x, for schemes that remember one.
+
+        Raises:
+            TypeError: a tuple of states with a `memory`, or under a solver that cannot carry it.
+            ValueError: a learnt depth that is not positive any more.
+        """
+        depth = self.depth
+        if not depth > 0:
+            raise ValueError(
+                f"depth is a positive number of layers, and training has taken it to {depth:g}: clamp it after each step, or "
+                "lower its learning rate"
+            )
+        return cast(StateOrStates, self._solve(x, (0.0, depth), (0.0, self.end), memory)[-1])
+
+    def _solve(
+        self, x: States, depths: Sequence[float], times: Sequence[float | Tensor], memory: State | None = None
+    ) -> list[States]:
+        """The states at `depths`; `times` are the same, as tensors where they may have a gradient."""
+        if not isinstance(x, tuple):
+            x = _widened(x)
+            previous = None if memory is None else self._one_layer_before(x, _widened(memory))
+            return [*self._carry(self.field, x, depths, times, previous)]
+        if memory is not None:
+            raise TypeError("schemes remember one tensor, so a tuple of states has no memory: pass the tuple alone")
+        x = tuple(map(_widened, x))
+        flat, packed = pack(x), Packed(self.field, [part.shape for part in x])
+        try:
+            self.solver.check(packed)
+        except TypeError as error:
+            raise TypeError(f"{self.solver} cannot carry a tuple of states: {error}") from None
+        return [packed.split(state) for state in self._carry(packed, flat, depths, times)]
+
+    def _carry(
+        self,
+        field: Field,
+        x: State,
+        depths: Sequence[float],
+        times: Sequence[float | Tensor],
+        previous: State | None = None,
+    ) -> list[State]:
+        """The solver's states, and their gradients with respect to `times`, which no solver needs to know."""
+        moving = [(i, t) for i, t in enumerate(times) if isinstance(t, Tensor) and t.requires_grad and torch.is_grad_enabled()]
+        if not moving:
+            solution = self.solver(field, x, depths, previous)
+            self.cost = solution.cost
+            return solution.states
+        self._check_times()
+        start = x
+        if moving[0][0] == 0:  # to start later is to start from less far along the slope
+            start = _Moving.apply(x, moving[0][1], -_slope(field, x, depths[0], depths[1] - depths[0], 0))
+        solution = self.solver(field, start, depths, previous)
+        self.cost = replace(solution.cost, evaluations=solution.cost.evaluations + len(moving))
+        states = [x, *solution.states[1:]]  # the state at the first time is the given one, whatever that time
+        for i, t in moving:
+            if i > 0:
+                slope = _slope(field, states[i], depths[i - 1], depths[i] - depths[i - 1], 1)
+                states[i] = _Moving.apply(states[i], t, slope)
+        return states
+
+    def _check_learnt(self) -> None:
+        """Raise TypeError if no gradient could move the depth."""
+        if has_noise(self.field):
+            raise TypeError(f"depth cannot be learnt here: {NO_DERIVATIVE}")
+        if isinstance(self.solver, FixedStep):
+            raise TypeError(
+                f"a learnt depth leaves the grid of {self.solver}: take an adaptive solver, such as dopri5, or a number, the depth "
+                "as it is now: Flow(flow.field, solver, flow.depth), or flow.frozen(x)"
+            )
+
+    def _check_times(self) -> None:
+        """Raise TypeError or RuntimeError if the solution has no derivative with respect to times."""
+        if has_noise(self.field):
+            raise TypeError(f"times and depth have no gradient here: {NO_DERIVATIVE}")
+        if isinstance(self.solver, Adaptive) and self.solver.method not in PAIRS:
+            raise RuntimeError(f"{self.solver.method} goes forward only: solve under torch.no_grad(), or with another method")
+
+    def _one_layer_before(self, x: State, memory: State) -> State:
         """The previous state that the solver is given: where layers are refined, `memory` lies one original layer before x,
         and this is the state one refined layer before, on the straight line between them.
         """
-        return memory if memory is None or self.refined == 1 else torch.lerp(x, memory, 1 / self.refined)
+        return memory if self.refined == 1 else torch.lerp(x, memory, 1 / self.refined)
 
-    def states(self, x: State, memory: State | None = None) -> list[State]:
+    def compile(self) -> None:
+        """Compile this flow in place: its class, state dict and results (to rounding) stay.
+
+        Fixed steps become one graph, for each depth and step one of its own. How many steps any other solver takes is not
+        known beforehand, nor are steps that are taken back (`gradient="reversible"`) or derived (`Milstein`) to be traced:
+        there the evaluations of the field are compiled.
+        """
+        if isinstance(self.solver, FixedStep) and self.solver.one_graph:
+            compile_whole(self)
+        else:
+            compile_field(self.field)
+
+    def states(self, x: StateOrStates, memory: State | None = None) -> list[StateOrStates]:
         """What `forward` passes through: x, and the state after each step.
 
         Raises:
@@ -74,27 +180,30 @@ class Flow(nn.Module):
         if not isinstance(self.solver, FixedStep):
             raise TypeError(f"only fixed steps are known beforehand; this flow is solved by {self.solver}")
         times = [*(t for t, _ in self.solver.steps(0.0, self.depth)), self.depth]
-        return self.solver(self.field, x, times, self._one_layer_before(x, memory)).states
+        return cast(list[StateOrStates], self._solve(x, times, times, memory))
 
-    def trajectory(self, x: State, times: Sequence[float] | Tensor) -> Tensor:
-        """The states at `times`, stacked on a new first axis; x is the state at times[0].
+    def trajectory(self, x: StateOrStates, times: Sequence[float | Tensor] | Tensor) -> StateOrStates:
+        """The states at `times`, stacked on a new first axis; x is the state at times[0]. Of a tuple, a tuple of such stacks.
 
-        Times are strictly monotone, in either direction: (depth, 0) goes back.
+        Times are strictly monotone, in either direction: (depth, 0) goes back. Those that require grad have the gradients of
+        the equation, dx(t)/dt = field(t, x(t)); where the field jumps, the one on the side that the solve passes through.
 
         Raises:
             ValueError: fewer than two times, times that are not monotone, or off the grid of a fixed-step solver.
+            TypeError: times that require grad where the field has noise.
         """
-        depths = times.tolist() if isinstance(times, Tensor) else [float(t) for t in times]
+        depths: list[float] = times.tolist() if isinstance(times, Tensor) else [_number(t) for t in times]
         steps = [b - a for a, b in pairwise(depths)]
         if not steps or not (all(h > 0 for h in steps) or all(h < 0 for h in steps)):
             raise ValueError(f"times are two or more strictly monotone depths, not {depths}")
-        solution = self.solver(self.field, x, depths)
-        self.cost = solution.cost
-        return torch.stack(solution.states)
+        states = self._solve(x, depths, times.unbind() if isinstance(times, Tensor) else times)
+        if isinstance(x, tuple):
+            return tuple(map(torch.stack, zip(*states, strict=True)))
+        return torch.stack(cast(list[Tensor], states))
 
     def with_solver(self, solver: Solver | str) -> "Flow":
         """A flow of the same field, sharing its weights, under another solver."""
-        flow = Flow(self.field, solver, self.depth)
+        flow = Flow(self.field, solver, self.end)
         flow.refined = self.refined
         flow.training = self.training  # not train(), which would set the shared field's modes too
         return flow
@@ -109,13 +218,15 @@ class Flow(nn.Module):
         >>> str(Flow(StochasticDepth(MLP(2, hidden=16), 0.5), "euler_maruyama:h=0.5", depth=1).drift().solver)
         'euler:h=0.5'
         """
-        flow = Flow(without_noise(self.field), self.solver.without_noise(), self.depth)
+        flow = Flow(without_noise(self.field), self.solver.without_noise(), self.end)
         flow.refined, flow.training = self.refined, self.training
         return flow
 
     @torch.no_grad()
-    def frozen(self, x: State) -> "Flow":
+    def frozen(self, x: StateOrStates) -> "Flow":
         """The flow that repeats, for any input, the steps which the adaptive solver accepts on `x`.
+
+        A learnt depth is frozen with them, at its value now.
 
         Its solver is a `FixedStep` with the method's own tableau on the accepted grid: no error control, so it compiles and
         exports, and on `x` it gives the adaptive solution (to rounding for the pairs whose last stage is f at the new point:
@@ -131,15 +242,18 @@ class Flow(nn.Module):
         except ValueError as error:
             raise TypeError(str(error)) from None
         with evaluating(self):
-            cost = self.solver(self.field, x, (0.0, self.depth)).cost
-        return self.with_solver(FixedStep(scheme, grid=cost.grid))
+            self._solve(x, (0.0, self.depth), (0.0, self.depth))
+        grid = cast(Cost, self.cost).grid
+        flow = Flow(self.field, FixedStep(scheme, grid=grid), grid[-1])
+        flow.refined, flow.training = self.refined, self.training
+        return flow
 
     def refine(self, k: int) -> "Flow":
         """The flow with k steps in the place of one, for training to go on at a finer level (arXiv 1710.10348).
 
         Under `PiecewiseConstant` a layer becomes k copies of itself, each scaled by 1/k, and the depth k times what it was:
         f_i -> f_i / k, ..., f_i / k. Any other field stays on its depth and a fixed step h becomes h / k; an adaptive solver
-        remains. Nothing is shared with this flow: weights are copied.
+        remains. Nothing is shared with this flow: weights are copied, and a learnt depth is a parameter of its own.
 
         >>> from continuum.fields import MLP
         >>> str(Flow(MLP(2, hidden=16), "euler:h=0.5", depth=1).refine(2).solver)
@@ -155,16 +269,59 @@ class Flow(nn.Module):
                 f"steps over a grid cannot be refined: choose even ones first, for example with_solver('{self.solver.scheme}')"
             )
         if isinstance(self.field, PiecewiseConstant):
-            flow = Flow(_divided(self.field, k), self.solver, k * self.depth)
+            flow = Flow(_divided(self.field, k), self.solver, _copied(self.end, k))
             flow.refined = k * self.refined
         else:
-            flow = Flow(copy.deepcopy(self.field), _finer(self.solver, k), self.depth)
+            flow = Flow(copy.deepcopy(self.field), _finer(self.solver, k), _copied(self.end, 1))
             flow.refined = self.refined
         flow.training = self.training
         return flow
 
     def extra_repr(self) -> str:
         return f"solver={self.solver}, depth={self.depth:g}"
+
+
+NO_DERIVATIVE = "a Brownian path has no derivative in time. Take the deterministic flow, flow.drift(), or numbers without grad"
+
+
+class _Moving(torch.autograd.Function):
+    """The state x at depth t as it is, with dx/dt = slope for the gradient of t."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, t: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(slope)
+        ctx.device, ctx.dtype = t.device, t.dtype
+        return x.clone()  # a view of x could not be changed in place
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "derivatives with respect to times and depth exist once only: leave create_graph=False, or take times and a "
+                "depth that do not require grad"
+            )
+        (slope,) = ctx.saved_tensors
+        return grad, (grad * slope).sum().to(ctx.device, ctx.dtype), None
+
+
+def _slope(field: Field, x: State, t: float, h: float, c: float) -> State:
+    """dx/dt at depth t + c h, on the side of the step, without gradient and without leaving a trace in the field."""
+    with torch.no_grad(), statistics_untouched(field):
+        return checked(field(inside(field.knots, t, h, c, x.dtype), x), x).to(x.dtype)
+
+
+def _widened(x: Tensor) -> Tensor:
+    """x in float32 where autocast handed it over in half precision: sums over many steps would lose their small terms."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) and torch.is_autocast_enabled(x.device.type) else x
+
+
+def _number(t: float | Tensor) -> float:
+    return float(t.detach()) if isinstance(t, Tensor) else float(t)
+
+
+def _copied(depth: float | Tensor, k: int) -> float | Tensor:
+    """k times a depth, which learns if it did."""
+    return nn.Parameter(k * depth.detach(), depth.requires_grad) if isinstance(depth, Tensor) else k * depth
 
 
 def _divided(field: PiecewiseConstant, k: int) -> PiecewiseConstant:

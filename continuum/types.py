@@ -1,6 +1,6 @@
 """The shapes of the library: a depth t and a batch of states x, as in dx/dt = f(t, x)."""
 
-from typing import Annotated, TypeAlias
+from typing import Annotated, TypeAlias, TypeVar
 
 from torch import Tensor
 
@@ -9,6 +9,12 @@ Time: TypeAlias = float | Annotated[Tensor, "0-dim"]
 
 State: TypeAlias = Annotated[Tensor, "batch ..."]
 """A batch of states of any shape; axis 0 runs over the samples, axis 1 over features or channels."""
+
+States: TypeAlias = State | tuple[State, ...]
+"""One state, or several that move by each other, of one batch size."""
+
+StateOrStates = TypeVar("StateOrStates", State, tuple[State, ...])
+"""What goes in as a tensor comes out as a tensor, and a tuple as a tuple."""
 
 Images: TypeAlias = Annotated[Tensor, "batch channels height width"]
 Logits: TypeAlias = Annotated[Tensor, "batch classes"]

@@ -27,7 +27,7 @@ RANKS = [
 RANK = {part: rank for rank, parts in enumerate(RANKS) for part in parts}
 
 DOORS = {
-    "torchdiffeq": ("solvers/",),
+    "torchdiffeq": ("solvers/", "analysis/bench"),
     "torchsde": ("solvers/",),
     "torchode": ("solvers/", "analysis/bench"),
     "torchvision": ("convert.py", "training/data.py"),

@@ -1,5 +1,7 @@
 """Where a network's state stops being finite: fixed steps do not look while they run, so this runs them again and does."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from continuum.models.network import Network, solve_named, transit
 from continuum.noise.base import noise_of, terms
 from continuum.schemes import StochasticScheme
 from continuum.schemes.base import inside, layer_at
-from continuum.solvers import FixedStep, SolveError
+from continuum.solvers import Adaptive, FixedStep, SolveError
 from continuum.solvers.base import rows_not_finite, statistics_untouched
 from continuum.types import Images, State
 
@@ -45,7 +47,7 @@ def find_failure(network: Network, images: Images) -> SolveError:
 def _solve_looking(flow: Flow, x: State, previous: State | None, index: int) -> Tensor:
     """The end state of a flow, looking at the state after each of its fixed steps."""
     if not isinstance(flow.solver, FixedStep):
-        return solve_named(flow, x, index)
+        return solve_named(_alone(flow), x, index)
     steps = flow.solver.steps(0.0, flow.depth)
     states = flow.states(x, previous)
     for count, state in enumerate(states[1:], 1):
@@ -59,6 +61,12 @@ def _solve_looking(flow: Flow, x: State, previous: State | None, index: int) -> 
             error.flow = f"stages.{index}"
             raise error
     return states[-1]
+
+
+def _alone(flow: Flow) -> Flow:
+    """The flow with steps that this rank chooses alone: the others do not look, so they would not answer."""
+    solver = flow.solver
+    return flow.with_solver(replace(solver, norm="batch")) if isinstance(solver, Adaptive) and solver.norm == "global" else flow
 
 
 def _term_at_fault(field: Field, t: float, x: State, h: float) -> str | None:

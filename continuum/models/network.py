@@ -15,8 +15,9 @@ from continuum.bases import named_basis
 from continuum.flow import Flow
 from continuum.models.parts import NoisyTransition
 from continuum.noise.base import has_noise, noise_only
-from continuum.solvers import Adaptive, Brownian, SolveError, Solver
+from continuum.solvers import Adaptive, Brownian, FixedStep, SolveError, Solver
 from continuum.solvers.base import evaluating, restored_on_error
+from continuum.solvers.fixed import compile_whole
 from continuum.types import Images, Logits, State
 from continuum.weights import Expansion, PiecewiseConstant
 
@@ -188,6 +189,18 @@ class Network(nn.Module):
             for hook in hooks:
                 hook.remove()
         return self._with_flows(lambda flow: flow.frozen(states[flow]) if flow in states else flow)
+
+    def compile(self) -> None:
+        """Compile this network in place: its class, state dict and results (to rounding) stay.
+
+        One graph if all flows have fixed steps that can be traced, otherwise part by part; see `Flow.compile`. Networks made
+        from this one, by `with_solver` or `refine`, are compiled anew.
+        """
+        if all(isinstance(flow.solver, FixedStep) and flow.solver.one_graph for flow in self.flows):
+            compile_whole(self)
+        else:
+            for part in (self.stem, *self.stages, self.head):
+                part.compile() if isinstance(part, Flow) else compile_whole(part)
 
     def forward(self, images: Images) -> Logits:
         fallible = self.training and any(isinstance(flow.solver, Adaptive | Brownian) for flow in self.flows)

@@ -158,6 +158,8 @@ class Adaptive(Solver):
         if self._forward_only and differentiated:
             raise RuntimeError(f"{self.method} goes forward only: solve under torch.no_grad(), or with another method")
         if not x.numel() and self.norm != "global":  # an empty batch has no error to control
+            if differentiated:  # gradients of zero, because DistributedDataParallel would wait for them
+                x = x + 0 * sum(p.sum() for p in field.parameters() if p.requires_grad)
             return Solution([x] * len(times), Cost(0, 0, 0, tuple(times)))
         self._warn_of_rounding(x)
         if self.chosen_engine == "torchode":

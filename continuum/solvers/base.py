@@ -137,7 +137,7 @@ def rows_not_finite(*tensors: Tensor) -> list[int]:
     """The batch rows in which any of the tensors has a NaN or an infinity."""
     bad: set[int] = set()
     for tensor in tensors:
-        finite = torch.isfinite(tensor.detach()).reshape(tensor.shape[0], -1).all(dim=1)
+        finite = torch.isfinite(tensor.detach()).reshape(tensor.shape[0], tensor.shape[1:].numel()).all(dim=1)
         bad.update(torch.nonzero(~finite).flatten().tolist())
     return sorted(bad)
 

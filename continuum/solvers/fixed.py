@@ -1,17 +1,24 @@
 """Fixed steps: x_{n+1} = step(t_n, x_n, h) on a grid known beforehand; with Euler and h = 1, a residual network."""
 
+import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import Literal, get_args
 
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
 from continuum.fields import Field
-from continuum.schemes import ReversibleScheme, Scheme, StochasticScheme
-from continuum.solvers.base import Cost, Solution, Solver, needs_grad, option_text, refuse_noise
+from continuum.schemes import Memory, Milstein, ReversibleScheme, Scheme, StochasticScheme
+from continuum.solvers.base import Cost, Solution, Solver, needs_grad, option_text, refuse_noise, statistics_untouched
 from continuum.solvers.reversible import solve_reversibly
 from continuum.types import State
+from continuum.weights import PiecewiseConstant
 
-Gradient = Literal["direct", "reversible"]
+Gradient = Literal["direct", "reversible", "checkpoint"]
 
 Step = tuple[float, float]
 """A step as (t, h)."""
@@ -26,17 +33,22 @@ class FixedStep(Solver):
 
     `gradient="direct"` differentiates what was computed, and stores it. `"reversible"` stores the end state only, whatever the
     number of steps, and rebuilds the others on the way back: the same gradient up to the rounding of `undo`, for about one
-    more evaluation a step. A backward pass through it cannot be differentiated again.
+    more evaluation a step. A backward pass through it cannot be differentiated again. `"checkpoint"` stores every `every`-th
+    state only and takes the steps between two of them again on the way back: the same gradient, under any scheme, for one
+    more evaluation of each stage; random masks and precision are those of the way out, and running statistics move once.
 
     >>> from continuum.schemes import RK4, Coupling
     >>> str(FixedStep(RK4(), h=1 / 4))
     'rk4:h=0.25'
     >>> str(FixedStep(Coupling(), gradient="reversible"))
     'coupling:h=1,gradient=reversible'
+    >>> str(FixedStep(RK4(), gradient="checkpoint", every=4))
+    'rk4:h=1,gradient=checkpoint,every=4'
 
     Raises:
         ValueError: h is neither 1/m nor an integer, or does not divide the depth; the grid is not strictly monotone, or a
-            multistep scheme is given an uneven one; an unknown gradient.
+            multistep scheme is given an uneven one; an unknown gradient; `every` is no positive integer, or the gradient is
+            not "checkpoint".
         TypeError: the scheme cannot step the field, or cannot undo its steps.
     """
 
@@ -44,6 +56,7 @@ class FixedStep(Solver):
     h: float = 1
     grid: tuple[float, ...] | None = field(default=None, kw_only=True)
     gradient: Gradient = field(default="direct", kw_only=True)
+    every: int = field(default=1, kw_only=True)
 
     def __post_init__(self) -> None:
         if not isinstance(self.scheme, Scheme):
@@ -54,6 +67,15 @@ class FixedStep(Solver):
             raise TypeError(
                 f"gradient='reversible' needs a scheme that can undo its steps, such as Coupling(), Verlet() or "
                 f"TwoStepMidpoint(); {type(self.scheme).__name__} cannot"
+            )
+        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
+            raise ValueError(
+                f"every counts the steps from one stored state to the next, an integer from 1 on, not {self.every!r}"
+            )
+        if self.every != 1 and self.gradient != "checkpoint":
+            raise ValueError(
+                f"every={self.every} says which states gradient='checkpoint' stores; gradient={self.gradient!r} has no use for "
+                "it: leave one of them out"
             )
         if self.grid is not None:
             self._check_grid(self.grid)
@@ -73,7 +95,8 @@ class FixedStep(Solver):
         name = str(self.scheme)
         option = f"h={option_text(self.h)}" if self.grid is None else f"grid={option_text(self.grid)}"
         gradient = "" if self.gradient == "direct" else f",gradient={self.gradient}"
-        return f"{name}{',' if ':' in name else ':'}{option}{gradient}"
+        every = "" if self.every == 1 else f",every={self.every}"
+        return f"{name}{',' if ':' in name else ':'}{option}{gradient}{every}"
 
     def check(self, field: Field) -> None:
         if not isinstance(self.scheme, StochasticScheme):
@@ -82,29 +105,35 @@ class FixedStep(Solver):
         if self.gradient == "reversible" and isinstance(self.scheme, ReversibleScheme):
             self.scheme.check_undo(field)
 
+    @property
+    def one_graph(self) -> bool:
+        """Whether torch.compile can follow all steps: not where derivatives are taken inside them, or steps taken back."""
+        return self.gradient != "reversible" and not isinstance(self.scheme, Milstein)
+
     def without_noise(self) -> Solver:
         return replace(self, scheme=self.scheme.without_noise())
 
     def steps(self, start: float, stop: float) -> list[Step]:
         """The steps (t, h) from `start` to `stop`, h negative on the way back."""
+        start, stop, size = _constant(start), _constant(stop), _constant(self.h)
         if self.grid is not None:
-            return self._grid_steps(self.grid, start, stop)
-        if self.h >= 1:
-            h = round(self.h)
+            return self._grid_steps(tuple(map(_constant, self.grid)), start, stop)
+        if size >= 1:
+            h = round(size)
             first, last = start / h, stop / h
         else:
-            h = 1 / round(1 / self.h)
-            first, last = start * round(1 / self.h), stop * round(1 / self.h)
+            h = 1 / round(1 / size)
+            first, last = start * round(1 / size), stop * round(1 / size)
         if not (_whole(first) and _whole(last)):
             raise ValueError(
-                f"h = {self.h} does not divide the way from depth {start} to {stop}: take h = 1/m with an integer m, or an "
+                f"h = {size} does not divide the way from depth {start} to {stop}: take h = 1/m with an integer m, or an "
                 "integer that divides both"
             )
         direction = 1 if last > first else -1
         points = range(round(first), round(last), direction)
-        if self.h >= 1:
+        if size >= 1:
             return [(float(k * h), float(direction * h)) for k in points]
-        return [(k / round(1 / self.h), direction * h) for k in points]
+        return [(k / round(1 / size), direction * h) for k in points]
 
     def _grid_steps(self, grid: tuple[float, ...], start: float, stop: float) -> list[Step]:
         if start not in grid or stop not in grid:
@@ -119,15 +148,78 @@ class FixedStep(Solver):
         memory = self.scheme.begin(field, x, previous, steps)
         states = [x]
         for leg in legs:
-            if self.gradient == "reversible" and isinstance(self.scheme, ReversibleScheme) and needs_grad(field, x):
-                x, memory = solve_reversibly(self.scheme, field, x, memory, leg)
-            else:
-                for t, h in leg:
-                    x, memory = self.scheme.step(field, t, x, h, memory)
+            x, memory = self._solve(field, x, memory, leg)
             states.append(x)
         grid = (*(t for t, _ in steps), times[-1])
         return Solution(states, Cost(self.scheme.evaluations(field, steps), len(steps), 0, grid))
 
+    def _solve(self, field: Field, x: State, memory: Memory, steps: Sequence[Step]) -> tuple[State, Memory]:
+        """The state and memory after `steps`."""
+        if self.gradient == "direct" or not needs_grad(field, x):
+            return self._take(field, x, memory, steps)
+        if self.gradient == "reversible" and isinstance(self.scheme, ReversibleScheme):
+            return solve_reversibly(self.scheme, field, x, memory, steps)
+        for first in range(0, len(steps), self.every):
+            x, memory = self._take_twice(field, x, memory, steps[first : first + self.every])
+        return x, memory
+
+    def _take(self, field: Field, x: State, memory: Memory, steps: Sequence[Step]) -> tuple[State, Memory]:
+        for t, h in steps:
+            x, memory = self.scheme.step(field, t, x, h, memory)
+        return x, memory
+
+    def _take_twice(self, field: Field, x: State, memory: Memory, steps: Sequence[Step]) -> tuple[State, Memory]:
+        """Takes the steps without storing what is inside them, and again on the way back, where it is needed."""
+        if torch.compiler.is_compiling():  # a graph moves running statistics once, whatever it recomputes
+            return checkpoint(lambda x: self._take(field, x, memory, steps), x, use_reentrant=False)
+        part, runs = _on_the_way(field, steps), count()
+        known = [(tensor, tensor._version) for tensor in (*part.parameters(), *memory) if isinstance(tensor, Tensor)]
+
+        def take(x: State) -> tuple[State, Memory]:
+            if next(runs) == 0:
+                return self._take(field, x, memory, steps)
+            if any(tensor._version != version for tensor, version in known):
+                raise RuntimeError(
+                    "a weight or a state has been modified by an inplace operation between the forward and the backward pass: "
+                    "gradient='checkpoint' takes the steps again and would take others. Change weights after the backward pass"
+                )
+            with statistics_untouched(part):
+                return self._take(field, x, memory, steps)
+
+        return checkpoint(take, x, use_reentrant=False)
+
+
+def compile_whole(module: nn.Module) -> None:
+    """Compile `module` in place, as one graph for each way it is called, whatever else is compiled in this process.
+
+    torch counts graphs by code, to eight, and all modules share that of `nn.Module.__call__`. Where it can count for each
+    module alone it does; an older torch runs the ninth eagerly, with a warning, rather than refuse it for not being one graph.
+    """
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        nn.Module.compile(module, fullgraph=True, isolate_recompiles=True)
+    else:
+        nn.Module.compile(module)
+
+
+def _constant(number: float) -> float:
+    """`number`; to torch.compile, which may have made it a symbol, a constant of the graph that its guards check.
+
+    A float that is another one in a second compilation, as depth and step are from flow to flow, becomes a symbol there.
+    """
+    if not torch.compiler.is_compiling():
+        return number
+    from torch.fx.experimental.symbolic_shapes import guard_scalar  # half a second, which whoever compiles has spent already
+
+    return guard_scalar(number)
+
 
 def _whole(number: float) -> bool:
     return abs(number - round(number)) <= 1e-9 * max(1.0, abs(number))
+
+
+def _on_the_way(field: Field, steps: Sequence[Step]) -> nn.Module:
+    """What of `field` the steps evaluate: a few of its layers, or all of it."""
+    if not isinstance(field, PiecewiseConstant):
+        return field
+    start, (t, h) = steps[0][0], steps[-1]
+    return field.layers[math.floor(min(start, t + h)) : math.ceil(max(start, t + h))]

@@ -33,7 +33,7 @@ def over_ranks(components: Sequence[Tensor]) -> Tensor:
     sums = torch.cat([squares, counts])
     dist.all_reduce(sums)
     squares, counts = sums.chunk(2)
-    return (squares / counts).sqrt().amax()
+    return (squares / counts.clamp(min=1)).sqrt().amax()
 
 
 def _largest(norms: Sequence[Tensor]) -> Tensor:

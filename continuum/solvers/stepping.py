@@ -285,7 +285,9 @@ class Stepper:
             evaluations=self.evaluations,
             rows=rows,
             steps=self.tried[-8:],
-            advice=advice(rows, self.tried, len(self.ratios)),
+            advice=advice(rows, self.tried, len(self.ratios))
+            if not reason.endswith("another rank")
+            else "See that rank's message",
         )
 
 

@@ -19,7 +19,7 @@ from continuum.models import Network
 from continuum.models.checkpoint import KEY, CheckpointError, description, replay, solve_as
 from continuum.models.failure import find_failure
 from continuum.noise.base import drops_branches, stochastic_fields
-from continuum.solvers import SolveError
+from continuum.solvers import Adaptive, SolveError
 from continuum.training.data import ImageData
 from continuum.training.images import keyed_seed
 
@@ -84,7 +84,8 @@ class Classifier(pl.LightningModule):
     Raises:
         ValueError: a negative number of samples.
         SolveError: a solve failed, or the loss is not finite; before any weight has changed, and with BatchNorm's buffers as
-            they were after the last good step. Under several ranks all of them raise.
+            they were after the last good step. Under several ranks all of them raise; an adjoint that fails on the way back
+            raises on its rank alone.
     """
 
     def __init__(
@@ -157,9 +158,16 @@ class Classifier(pl.LightningModule):
         """Take the seed of the noise from torch's generator, unless a checkpoint has brought it.
 
         Raises:
-            ValueError: a network that drops branches, under DistributedDataParallel that waits for all of their gradients.
+            ValueError: a network that drops branches, under DistributedDataParallel that waits for all of their gradients; or
+                one in which the ranks choose their steps together in some flows only.
         """
         self._take_noise_seed()
+        norms = {flow.solver.norm for flow in self.network.flows if isinstance(flow.solver, Adaptive)}
+        if self.trainer.world_size > 1 and len(norms) > 1 and "global" in norms:
+            raise ValueError(
+                f"the adaptive flows of this network have the norms {', '.join(sorted(norms))}: where one fails on a rank, the "
+                "others would wait for it in the next. Give norm='global' to all of them or to none"
+            )
         strategy = self.trainer.strategy
         waits = isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters", False)
         if waits and any(map(drops_branches, stochastic_fields(self.network))):
