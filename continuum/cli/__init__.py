@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse.typing import lazy_instance
-from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from pytorch_lightning.trainer.states import TrainerFn
 
 import continuum
+from continuum.cli.bench import bench_command, bench_parser
 from continuum.cli.compare import compare_command, compare_parser
 from continuum.cli.convert import convert_command, convert_parser
 from continuum.cli.models import models_command, models_parser
@@ -25,6 +28,7 @@ from continuum.training import Classifier, Digits, ImageData, LogCost, WritePred
 from continuum.training.images import DataError
 
 COMMANDS: dict[str, tuple[Callable[[], Parser], Callable[[list[str]], None]]] = {
+    "bench": (bench_parser, bench_command),
     "compare": (compare_parser, compare_command),
     "convert": (convert_parser, convert_command),
     "models": (models_parser, models_command),
@@ -43,6 +47,20 @@ class SaveConfig(SaveConfigCallback):
         super().__init__(*args, **{**kwargs, "overwrite": True})
 
 
+class CompileNetwork(Callback):
+    """Compiles the network of a `Classifier`, after a checkpoint is loaded, which may replace it by its refined one."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Classifier)
+        pl_module.network.compile()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:  # not within a fit
+            self.on_fit_start(trainer, pl_module)
+
+    on_test_start = on_predict_start = on_fit_start
+
+
 class CommandLine(LightningCLI):
     """Lightning's command line over `Classifier` and the data modules; one seed for weights, batches and augmentation."""
 
@@ -56,6 +74,12 @@ class CommandLine(LightningCLI):
             action.add_subcommand(name, listed, help=listed.description)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--compile",
+            type=bool,
+            default=False,
+            help="compile the network with torch.compile: minutes for the first batches, less time for each of the others",
+        )
         # Safe as a default although jsonargparse carries arguments over to another class: all data modules share them.
         parser.set_defaults({"data": lazy_instance(Digits)})
         parser.set_defaults({"model.schedule": {"class_path": "continuum.training.OneCycle"}})
@@ -66,6 +90,8 @@ class CommandLine(LightningCLI):
             super().instantiate_classes()
         except (TypeError, ValueError) as error:  # arguments that a network, solver or data set refuses
             self.parser.error(str(error))
+        if self._get(self.config, "compile"):
+            self.trainer.callbacks.insert(0, CompileNetwork())  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def main(arguments: list[str] | None = None) -> None:
