@@ -142,8 +142,8 @@ class Flow(nn.Module):
             raise TypeError(f"depth cannot be learnt here: {NO_DERIVATIVE}")
         if isinstance(self.solver, FixedStep):
             raise TypeError(
-                f"a learnt depth leaves the grid of {self.solver}: take an adaptive solver, such as dopri5, or a number, the depth "
-                "as it is now: Flow(flow.field, solver, flow.depth), or flow.frozen(x)"
+                f"a learnt depth leaves the grid of {self.solver}: take an adaptive solver, such as dopri5, or a number, the "
+                "depth as it is now: Flow(flow.field, solver, flow.depth), or flow.frozen(x)"
             )
 
     def _check_times(self) -> None:

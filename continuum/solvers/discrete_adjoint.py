@@ -6,7 +6,7 @@ from the last stage to the first, where v~ is the gradient of the loss with resp
 slope of a step is the first of the next one, so k~_1 is handed on. All steps are one autograd function.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,9 +15,9 @@ from torch import Tensor
 from torch._C._autograd import _get_current_graph_task_keep_graph as keeps_graph
 
 from continuum.solvers.base import needs_grad, statistics_untouched
-from continuum.solvers.replay import Gradients, Precision, as_drawn
+from continuum.solvers.replay import Gradients, Precision, as_drawn, with_parameters
 from continuum.solvers.stepping import Evaluation, Repeat, Step, Stepper, attempt, evaluated
-from continuum.types import State
+from continuum.types import State, Time
 
 ONCE = (
     "{solver} computes its gradient by hand and can be differentiated once only (create_graph=True was asked for): to "
@@ -60,6 +60,7 @@ class _Backward:
     def __init__(self, stepper: Stepper, x: State) -> None:
         self.stepper = stepper
         self.parameters = tuple(p for p in stepper.field.parameters() if p.requires_grad)
+        self.named_parameters = dict(stepper.field.named_parameters())
         self.precision = Precision.now(x.device)
 
     def __call__(self, grads: Sequence[Tensor]) -> tuple[Tensor, Gradients]:
@@ -113,24 +114,29 @@ class _Backward:
 
         def evaluate(t: float, x: State) -> State:
             with as_drawn(next(random), x.device):
-                evaluation, slope = evaluated(self.stepper.field, t, x)
+                evaluation, slope = evaluated(field, t, x)
             made.append(evaluation)
             return slope
 
-        with self._as_before():
+        with self._as_before(start) as field:
             attempt(self.stepper.pair, evaluate, self.stepper.sums, start.x, step.slope, step.h, step.depths)
         return made
 
     def _at_start(self, start: Evaluation | Repeat) -> Evaluation:
         if isinstance(start, Evaluation):
             return start
-        with self._as_before(), as_drawn(start.random, start.x.device):
-            return evaluated(self.stepper.field, start.depth, start.x)[0]
+        with self._as_before(start) as field, as_drawn(start.random, start.x.device):
+            return evaluated(field, start.depth, start.x)[0]
 
     @contextmanager
-    def _as_before(self) -> Iterator[None]:
+    def _as_before(self, start: Repeat) -> Iterator[Callable[[Time, State], State]]:
+        if start.x._version != start.version:
+            raise RuntimeError(
+                f"the state at depth {start.depth:g} was changed in place after the solve, and its gradient needs it as it "
+                "was: clone a state before you write to it"
+            )
         with self.precision.again(), statistics_untouched(self.stepper.field):
-            yield
+            yield with_parameters(self.stepper.field, self.named_parameters)
 
 
 def _emptied(steps: list[Step]) -> Iterator[Step]:

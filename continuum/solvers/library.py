@@ -26,7 +26,7 @@ from continuum.solvers.base import (
 from continuum.solvers.norms import NORMS
 from continuum.solvers.packed import components
 from continuum.solvers.pairs import PAIRS
-from continuum.solvers.replay import Precision
+from continuum.solvers.replay import Precision, with_parameters
 from continuum.solvers.stepping import evaluated
 from continuum.types import State, Time
 
@@ -115,7 +115,9 @@ class _Equation:
         self.clamp = (self.first, self.last) != (start, stop)
         self.known: tuple[State, State] | None = None  # a state and its slope, evaluated before torchdiffeq asks
         self.recent: list[Tensor] = []  # slopes since the last accepted step, to name the rows at fault
+        self.closed = False
         self.precision = Precision.now(x.device)
+        self.parameters = dict(solve.field.named_parameters())
 
     def evaluate(self, t: Time, x: State) -> State:
         solve = self.solve
@@ -136,7 +138,8 @@ class _Equation:
     def _adjoint_slope(self, t: Time, x: State) -> State:
         """f(t, x) as numbers; with a graph while it lasts, for fields that differentiate inside and to see where it leads."""
         evaluation, slope = evaluated(self.solve.field, t, x)
-        if self.solve.evaluations == 1:
+        if not self.closed:
+            self.closed = True
             check_closed(evaluation.edge, evaluation.x, self.solve.field, str(self.solve.solver))
         return slope
 
@@ -148,7 +151,7 @@ class _Equation:
         if self.backward_evaluations > self.solve.solver.max_evaluations:
             raise self.error("the evaluation budget is spent in the adjoint's backward solve", t, 0.0)
         with statistics_untouched(self.solve.field), self.precision.again():
-            slope = self.solve.field(t, x).to(x.dtype)
+            slope = with_parameters(self.solve.field, self.parameters)(t, x).to(x.dtype)
         if not torch.isfinite(slope).all():
             raise self.error("the field is not finite in the adjoint's backward solve", t, 0.0, slope)
         return slope

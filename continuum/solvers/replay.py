@@ -4,12 +4,16 @@ Also the sums of the parameters' gradients, which a solve returns from one autog
 not accept a backward pass within the backward pass.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
+
+from continuum.fields import Field
+from continuum.types import State, Time
 
 RandomState = tuple[Tensor, ...]
 """The states of the CPU's generator and, on a GPU, of the device's."""
@@ -38,6 +42,16 @@ def as_drawn(state: RandomState | None, device: torch.device) -> Iterator[None]:
         for own in gpu:
             torch.cuda.set_rng_state(own, device)
         yield
+
+
+def with_parameters(field: Field, parameters: Mapping[str, Tensor]) -> Callable[[Time, State], State]:
+    """The field with the parameters that it had: others than now if they were put in their place for the forward pass alone,
+    as torch.func.functional_call does.
+    """
+    now = dict(field.named_parameters())
+    if all(now.get(name) is parameter for name, parameter in parameters.items()):
+        return field
+    return lambda t, x: functional_call(field, dict(parameters), (t, x))
 
 
 @dataclass(frozen=True)

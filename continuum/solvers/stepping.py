@@ -57,6 +57,8 @@ class Repeat:
     depth: float
     x: State
     random: RandomState | None
+    version: int
+    """That of x, which changes when x is written to."""
 
 
 @dataclass
@@ -87,7 +89,7 @@ class Point:
     origin: Evaluation | Repeat | None
 
 
-def evaluated(field: Field, t: Time, x: State) -> tuple[Evaluation, State]:
+def evaluated(field: Callable[[Time, State], State], t: Time, x: State) -> tuple[Evaluation, State]:
     """f(t, x) with its graph, and as numbers."""
     leaf = x.detach().requires_grad_()
     with torch.enable_grad():
@@ -163,7 +165,7 @@ class Stepper:
             evaluation, slope = None, self._numbers(self.field, bounds[0], x)
         origin = evaluation
         if before is not None:
-            origin = Repeat(bounds[0], x, unless_unused(before, x.device))
+            origin = Repeat(bounds[0], x, unless_unused(before, x.device), x._version)
         point = Point(t, x, slope, origin)
         if self.step is None:
             self.step = self._choose_first_step(point, bounds)
@@ -227,7 +229,7 @@ class Stepper:
             return self._numbers(self.field, t, x)
         before = self._random_state(x)
         evaluation, slope = evaluated(self.field, t, x)
-        self.made.append(evaluation if before is None else Repeat(t, x, unless_unused(before, x.device)))
+        self.made.append(evaluation if before is None else Repeat(t, x, unless_unused(before, x.device), x._version))
         return slope
 
     def _random_state(self, x: State) -> RandomState | None:
