@@ -447,7 +447,7 @@ def test_parameters_changed_before_the_backward_pass_are_noticed(gradient):
     end = flow(points())
     with torch.no_grad():
         list(flow.parameters())[-1].add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation|changed in place"):
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation|changed in place"):
         end.sum().backward()
 
 
@@ -470,7 +470,7 @@ def test_states_changed_before_the_backward_pass_are_noticed(gradient, which):
     states = Adaptive("dopri5", gradient=gradient)(field, x, (0.0, 0.5, 1.0)).states
     with torch.no_grad():
         states[which].mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation|changed in place"):
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation|changed in place"):
         states[2].sum().backward()
 
 
