@@ -20,12 +20,14 @@ from continuum import (
     SolveError,
     StochasticDepth,
 )
+from continuum.solvers.packed import Packed
 
 
 def tight(method="dopri5", tolerance=1e-10, **options):
     return Adaptive(method, rtol=tolerance, atol=tolerance, **options)
 
 
+ADAPTIVE = [tight(tolerance=1e-6, gradient=gradient) for gradient in ("direct", "checkpoint", "adjoint", "full_adjoint")]
 TIGHT = [tight(), tight(gradient="checkpoint"), tight("dopri8", gradient="adjoint")]
 FIXED = ["euler", "rk4:h=0.5", "adams_bashforth:h=0.25", "neumann_series", "two_step_midpoint", "heun:grid=0/0.7/1/2"]
 REVERSIBLE = "two_step_midpoint:h=0.25,gradient=reversible"
@@ -83,7 +85,7 @@ def jumping():
 
 
 @pytest.mark.parametrize("make", [Pair, jumping], ids=["smooth", "layers"])
-@pytest.mark.parametrize("solver", [*FIXED, REVERSIBLE, *TIGHT], ids=str)
+@pytest.mark.parametrize("solver", [*FIXED, REVERSIBLE, *ADAPTIVE], ids=str)
 def test_a_tuple_moves_as_its_states_in_one_tensor(solver, make):
     """Ends, trajectories and all gradients."""
     field = make()
@@ -100,7 +102,7 @@ def test_a_tuple_moves_as_its_states_in_one_tensor(solver, make):
         gradients = torch.autograd.grad((end**3).sum() + path.sin().sum(), [*leaves, *parameters])
         start = joined(gradients[: len(leaves)])
         results.append([end, path, start, *gradients[len(leaves) :]])
-    within = 1e-8 if isinstance(solver, Adaptive) else 1e-12
+    within = 1e-4 if isinstance(solver, Adaptive) else 1e-12
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=within, atol=within)
 
@@ -185,7 +187,7 @@ def test_an_empty_batch_of_tuples(solver):
 
 
 ODD_TUPLES = {
-    "empty": ((), "empty"),
+    "empty": ((), "holds one tensor or more"),
     "dtypes": ((batch(5, 3), batch(5, 2, 2).float()), "one dtype and one device, not torch.float64 on cpu, torch.float32"),
     "devices": ((batch(5, 3), batch(5, 2, 2).to("meta")), "one dtype and one device, .* on meta"),
     "batch sizes": ((batch(5, 3), batch(4, 2, 2)), r"one batch size.* \(5, 3\), \(4, 2, 2\)"),
@@ -409,7 +411,7 @@ def test_a_learnt_depth_is_shared_copied_or_fixed():
     with torch.no_grad():
         flow.end.mul_(2)
     assert (flow.depth, copied.depth, refined.depth) == (3.0, 1.5, 1.5)
-    assert refined.end.requires_grad
+    assert isinstance(refined.end, nn.Parameter)
     assert Flow(tanh_layers(2), "dopri5", nn.Parameter(torch.tensor(1.5))).refine(3).depth == 4.5
     frozen = flow.frozen(batch(2, 3))
     assert (frozen.depth, frozen.end) == (3.0, 3.0)
@@ -538,6 +540,7 @@ def test_under_autocast_a_tuple_too(solver):
     x = batch(4, 3).bfloat16(), batch(4, 2).float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert [part.dtype for part in flow(x)] == [torch.float32, torch.float32]
+        assert Packed(field, [part.shape for part in x])(0.0, torch.ones(20)).dtype == torch.float32
     assert first.seen == second.seen == {(torch.float32, torch.bfloat16)}
     with pytest.raises(ValueError, match="one dtype"):
         flow(x)

@@ -140,9 +140,9 @@ def test_every_network_compiles(name):
     fixed = all(isinstance(flow.solver, FixedStep) for flow in network.flows)
     with torch.no_grad():
         expected = network(x)
-        torch._dynamo.reset()
         compiled = torch.compile(network, backend="eager", fullgraph=fixed)
-        assert torch.equal(compiled(x), expected)
+        with torch._dynamo.config.patch(recompile_limit=64):  # torch counts the graphs of all networks together
+            assert torch.equal(compiled(x), expected)
 
 
 @pytest.mark.parametrize("name", [name for name in WITH_FLOWS if name.split()[0] not in ("odenet", "mlp", "neural_sde")])
