@@ -33,6 +33,7 @@ from continuum import (
     TwoStepMidpoint,
     Verlet,
 )
+from continuum.analysis.bench_counts import Synchronisations
 from continuum.analysis.memory import peak_memory
 
 LAYERS = 6
@@ -229,6 +230,15 @@ def test_without_gradients_nothing_is_kept():
         assert not flow(points()).requires_grad
     flow.requires_grad_(False)
     assert not flow(points()).requires_grad
+
+
+@pytest.mark.parametrize("scheme", [Euler(), LinearTwoStep()], ids=str)
+def test_nothing_waits_for_the_device(scheme):
+    flow = Flow(FIELDS[scheme](), FixedStep(scheme, gradient="checkpoint", every=2), LAYERS)
+    x = points().requires_grad_()
+    with Synchronisations(x.device) as mode:
+        flow(x).square().sum().backward()
+    assert mode.count == 0
 
 
 def test_memory_is_that_of_the_stored_states_and_one_group():

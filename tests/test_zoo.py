@@ -142,7 +142,9 @@ def test_every_network_compiles(name):
         expected = network(x)
         compiled = torch.compile(network, backend="eager", fullgraph=fixed)
         with torch._dynamo.config.patch(recompile_limit=64):  # torch counts the graphs of all networks together
-            assert torch.equal(compiled(x), expected)
+            found = compiled(x)
+    # The sums of adaptive steps are machine code all the same.
+    torch.testing.assert_close(found, expected, rtol=0 if fixed else 1e-5, atol=0 if fixed else 1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in WITH_FLOWS if name.split()[0] not in ("odenet", "mlp", "neural_sde")])
