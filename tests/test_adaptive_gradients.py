@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torchdiffeq._impl.odeint import SOLVERS
 
 from continuum import MLP, Adaptive, Autonomous, Euler, Expansion, Field, FixedStep, Flow, Hat, PiecewiseConstant, PreActivation
-from continuum.analysis.memory import peak_memory
+from continuum.analysis.memory import StorageTally, peak_memory
 
 FAST = ["dopri5", "bosh3", "dopri8"]
 EXACT = pytest.mark.parametrize("gradient", ["direct", "checkpoint"])
@@ -557,3 +557,15 @@ def test_what_is_evaluated_again_is_not_stored():
 def test_a_further_step_holds_two_states_more(method):
     (_, few, cost), (_, many, more) = (peak("checkpoint", steps, method) for steps in (4, 8))
     assert many - few <= 2.05 * (more.accepted - cost.accepted)
+
+
+@EXACT
+def test_after_the_backward_pass_nothing_is_held(gradient):
+    """Though the end is: what remains are it, and the gradients of the parameters."""
+    flow = Flow(mlp(8, torch.float32), Adaptive("dopri5", gradient=gradient, **constant(0.25)), depth=1)
+    x = torch.randn(1000, 8)
+    with StorageTally() as tally:
+        end = flow(x)
+        assert tally.live > 3 * end.nbytes
+        end.sum().backward()
+        assert tally.live < 1.1 * end.nbytes

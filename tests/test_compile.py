@@ -121,7 +121,7 @@ def test_four_euler_steps_are_one_graph():
     assert (report.graph_count, report.graph_break_count) == (1, 0)
 
 
-@pytest.mark.parametrize(("scheme", "field"), [(s, f) for s, fields in FLOWS.items() for f in fields], ids=str)
+@pytest.mark.parametrize(("scheme", "field"), [(s, f) for s, fields in FLOWS.items() for f in fields])
 def test_fixed_steps_are_one_graph(graphs, scheme, field):
     flow = Flow(field(), FixedStep(scheme), 2)
     compiled = in_place(flow)
