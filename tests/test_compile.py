@@ -32,13 +32,6 @@ from continuum import (
 from continuum.cli import main
 
 
-@pytest.fixture(scope="module", autouse=True)
-def graphs_of_this_file():
-    """What is compiled here is forgotten behind the last test, not before."""
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.fixture
 def graphs(request, monkeypatch):
     """Counts graphs, which run as they are traced instead of as machine code, in less than a tenth of the time."""
@@ -50,7 +43,8 @@ def graphs(request, monkeypatch):
         return compiler(*args, backend=counter, **options)
 
     monkeypatch.setattr(torch, "compile", compile_eagerly)
-    return counter
+    yield counter
+    torch._dynamo.reset()  # behind a test, not within: the graphs of `torch.compile` count for all flows of the process
 
 
 def in_place(module):

@@ -15,7 +15,6 @@ from torch.nn.modules.dropout import _DropoutNd
 from torchdiffeq._impl.odeint import SOLVERS
 
 from continuum.fields import Field
-from continuum.solvers.arithmetic import compile_field
 from continuum.solvers.base import (
     Cost,
     Solution,
@@ -152,7 +151,9 @@ class Adaptive(Solver):
 
     def __call__(self, field: Field, x: State, times: Sequence[float], previous: State | None = None) -> Solution:
         if torch.compiler.is_compiling():
-            return _between_graphs(self, field, x, times)  # pyright: ignore[reportCallIssue]
+            from continuum.solvers.between_graphs import solve_between_graphs  # the compiler is loaded only where it is used
+
+            return solve_between_graphs(self, field, x, times)  # pyright: ignore[reportCallIssue]
         self.check(field)  # again, because training may have been switched on since
         differentiated = needs_grad(field, x)
         if self._forward_only and differentiated:
@@ -196,10 +197,3 @@ class Adaptive(Solver):
                 "where the error is mostly rounding, steps get shorter in vain: take a looser rtol, or a wider type",
                 stacklevel=4,
             )
-
-
-@torch.compiler.disable
-def _between_graphs(solver: Adaptive, field: Field, x: State, times: Sequence[float]) -> Solution:
-    """A solve inside a compiled network: how many steps it takes is not known to the compiler, so it sees field and sums."""
-    compile_field(field)
-    return solver(field, x, times)
