@@ -1,4 +1,4 @@
-"""An adaptive solve in a compiled network: its number of steps is unknown to the compiler, which sees the field and the sums."""
+"""An adaptive solve in a compiled network: its number of steps is unknown to the compiler, which sees field and sums."""
 
 from collections.abc import Sequence
 
