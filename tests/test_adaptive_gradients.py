@@ -304,6 +304,21 @@ def test_backward_inside_and_outside_of_autocast(gradient, earlier, dtype):
         assert torch.equal(one, other)
 
 
+@NARROW
+@EXACT
+@pytest.mark.filterwarnings("ignore:.*below the rounding")
+@pytest.mark.usefixtures("_supported")
+def test_under_autocast_a_gradient_changes_no_step(gradient, dtype):
+    """Slopes are taken to the precision of the state before they are summed, in the error too, whatever is kept of them."""
+    flow = Flow(mlp(3, torch.float32), Adaptive("dopri5", 1e-3, 1e-3, gradient=gradient), depth=4)
+    x, costs = points(4, 3, torch.float32), []
+    for differentiated in (False, True):
+        with torch.autocast("cpu", dtype=dtype), torch.set_grad_enabled(differentiated):
+            flow(x)
+        costs.append(flow.cost)
+    assert costs[0] == costs[1]
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("gradient", [None, "direct", "checkpoint", "adjoint"])
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 from pathlib import Path
 
 import pytest
@@ -185,12 +186,13 @@ def test_a_flow_that_changes_is_compiled_again(graphs):
 
 
 def test_more_than_eight_flows_are_compiled(graphs):
-    """torch's limit counts the graphs of one flow, not those of all modules in the process."""
+    """torch's limit counts the graphs of one flow; an older torch counts those of all, and runs the ninth flow eagerly."""
     flows = [Flow(tanh_layers(1, features), "euler", 1) for features in range(1, 10)]
     for flow in flows:
         x = torch.ones(2, flow.field.layers[0].module[0].in_features, dtype=FLOAT64)
         assert_same(in_place(flow), flow, x)
-    assert graphs.frame_count == len(flows)
+    isolated = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    assert graphs.frame_count == (len(flows) if isolated else 8)
 
 
 # Networks
