@@ -74,6 +74,13 @@ class Energy(Field):
             return -torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)[0]
 
 
+class Careless(Energy):
+    """The same, where it is left to the solver that gradients are enabled and the state requires one."""
+
+    def forward(self, t, x):
+        return -torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)[0]
+
+
 def layer_between(field, t, end):
     return field.layer((t + end) / 2) if isinstance(field, PiecewiseConstant) else field
 
@@ -120,6 +127,7 @@ FIELDS = {
     "on hats": on_hats,
     "energy": lambda: Energy(True),
     "energy of the state itself": lambda: Energy(False),
+    "energy without care": lambda: Careless(False),
 }
 
 
@@ -205,7 +213,7 @@ def test_a_state_alone_or_a_field_alone_has_a_gradient(gradient):
     assert torch.equal(ones, torch.ones_like(x)), "nothing needs a gradient but the state"
 
 
-@pytest.mark.parametrize("case", ["energy", "energy of the state itself"])
+@pytest.mark.parametrize("case", ["energy", "energy of the state itself", "energy without care"])
 @pytest.mark.parametrize("method", ["dopri5", "bosh3"])
 def test_the_adjoint_of_a_field_that_differentiates_inside(method, case):
     field, x = FIELDS[case](), points(3).requires_grad_()
