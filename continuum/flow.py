@@ -17,7 +17,7 @@ from continuum.schemes.stochastic import without_noise
 from continuum.solvers import Adaptive, Brownian, Cost, Embedded, FixedStep, Solver, parse
 from continuum.solvers.adaptive import PAIRS
 from continuum.solvers.arithmetic import compile_field
-from continuum.solvers.base import evaluating, statistics_untouched
+from continuum.solvers.base import Solution, evaluating, statistics_untouched
 from continuum.solvers.fixed import compile_whole
 from continuum.solvers.packed import Packed, pack
 from continuum.types import State, StateOrStates, States
@@ -120,14 +120,14 @@ class Flow(nn.Module):
         """The solver's states, and their gradients with respect to `times`, which no solver needs to know."""
         moving = [(i, t) for i, t in enumerate(times) if isinstance(t, Tensor) and t.requires_grad and torch.is_grad_enabled()]
         if not moving:
-            solution = self.solver(field, x, depths, previous)
+            solution = self._solution(field, x, depths, previous)
             self.cost = solution.cost
             return solution.states
         self._check_times()
         start = x
         if moving[0][0] == 0:  # to start later is to start from less far along the slope
             start = _Moving.apply(x, moving[0][1], -_slope(field, x, depths[0], depths[1] - depths[0], 0))
-        solution = self.solver(field, start, depths, previous)
+        solution = self._solution(field, start, depths, previous)
         self.cost = replace(solution.cost, evaluations=solution.cost.evaluations + len(moving))
         states = [x, *solution.states[1:]]  # the state at the first time is the given one, whatever that time
         for i, t in moving:
@@ -135,6 +135,13 @@ class Flow(nn.Module):
                 slope = _slope(field, states[i], depths[i - 1], depths[i] - depths[i - 1], 1)
                 states[i] = _Moving.apply(states[i], t, slope)
         return states
+
+    def _solution(self, field: Field, x: State, depths: Sequence[float], previous: State | None) -> Solution:
+        if torch.compiler.is_compiling() and not self.solver.one_graph:
+            from continuum.solvers.between_graphs import solve_between_graphs  # the compiler is loaded only where it is used
+
+            return solve_between_graphs(self.solver, field, x, depths, previous)  # pyright: ignore[reportCallIssue]
+        return self.solver(field, x, depths, previous)
 
     def _check_learnt(self) -> None:
         """Raise TypeError if no gradient could move the depth."""
@@ -166,7 +173,7 @@ class Flow(nn.Module):
         known beforehand, nor are steps that are taken back (`gradient="reversible"`) or derived (`Milstein`) to be traced:
         there the evaluations of the field are compiled.
         """
-        if isinstance(self.solver, FixedStep) and self.solver.one_graph:
+        if self.solver.one_graph:
             compile_whole(self)
         else:
             compile_field(self.field)

@@ -222,6 +222,26 @@ def test_the_adjoint_of_a_field_that_differentiates_inside(method, case):
     assert_close(found, gradients(field, x, unrolled(field, x, flow.cost.grid, method)[-1:]), within=1e-5)
 
 
+def test_the_adjoint_of_a_slope_that_depends_on_nothing():
+    x = points().requires_grad_()
+    flow = Flow(Function(lambda t, x: torch.ones_like(x)), Adaptive("dopri5", gradient="adjoint"), depth=1)
+    (found,) = torch.autograd.grad(flow(x).sum(), x)
+    torch.testing.assert_close(found, torch.ones_like(x))
+
+
+def test_the_adjoint_takes_no_steps_for_the_sake_of_the_depth():
+    """torchdiffeq solves for a gradient of the times too; where they jump at knots, in hundreds of steps."""
+    field = on_hats()
+    asked = []
+    field.register_forward_pre_hook(
+        lambda field, inputs: asked.append(isinstance(inputs[0], torch.Tensor) and inputs[0].requires_grad)
+    )
+    flow = Flow(field, Adaptive("dopri5", 1e-6, 1e-6, gradient="adjoint"), depth=3)
+    flow(points(3)).sum().backward()
+    assert len(asked) > flow.cost.evaluations
+    assert not any(asked)
+
+
 # Precision
 
 

@@ -31,6 +31,7 @@ from continuum import (
     StochasticDepth,
 )
 from continuum.cli import main
+from continuum.solvers.arithmetic import EAGER, FUSED, _fused
 
 
 @pytest.fixture
@@ -249,14 +250,32 @@ def test_a_compiled_network_is_the_network(graphs, tmp_path):
         assert graphs.frame_count == before
 
 
-def test_what_cannot_be_one_graph_still_solves(graphs):
+@pytest.mark.parametrize("compiled", [in_place, lambda flow: torch.compile(copy.deepcopy(flow))], ids=["in place", "around it"])
+def test_what_cannot_be_one_graph_still_solves(graphs, compiled):
     for field, solver in [
         (halves(), "coupling:gradient=reversible"),
         (noisy(), "milstein"),
         (noisy(), "brownian:method=milstein,h=0.5"),
+        (layers(), "bosh3:rtol=1e-2,atol=1e-2"),
     ]:
         flow = Flow(field, solver, 2)
-        assert_same(in_place(flow), flow)
+        assert_same(compiled(flow), flow)
+
+
+def test_fused_sums_are_the_sums(graphs):
+    """Which a GPU takes."""
+    x, end, *slopes = (torch.randn(4, 3, dtype=FLOAT64) for _ in range(15))
+    weights = torch.randn(13, dtype=FLOAT64).tolist()
+    weights[1] = 0.0
+    _fused.cache_clear()
+    for terms in range(3, 14):
+        for start in (x, None):
+            found, expected = (sums.combine(start, 0.3, weights[:terms], slopes) for sums in (FUSED, EAGER))
+            torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
+    errors = [sums.scaled_error(0.3, weights, slopes, x, end, 1e-3, 1e-4) for sums in (FUSED, EAGER)]
+    torch.testing.assert_close(*errors, rtol=1e-13, atol=1e-13)
+    assert graphs.frame_count == 3, "sums of up to seven terms, of up to fourteen, and the error"
+    _fused.cache_clear()
 
 
 def test_a_failing_solve_says_so_in_a_compiled_network(graphs):

@@ -15,7 +15,7 @@ from continuum.bases import named_basis
 from continuum.flow import Flow
 from continuum.models.parts import NoisyTransition
 from continuum.noise.base import has_noise, noise_only
-from continuum.solvers import Adaptive, Brownian, FixedStep, SolveError, Solver
+from continuum.solvers import Adaptive, Brownian, SolveError, Solver
 from continuum.solvers.base import evaluating, restored_on_error
 from continuum.solvers.fixed import compile_whole
 from continuum.types import Images, Logits, State
@@ -196,7 +196,7 @@ class Network(nn.Module):
         One graph if all flows have fixed steps that can be traced, otherwise part by part; see `Flow.compile`. Networks made
         from this one, by `with_solver` or `refine`, are compiled anew.
         """
-        if all(isinstance(flow.solver, FixedStep) and flow.solver.one_graph for flow in self.flows):
+        if all(flow.solver.one_graph for flow in self.flows):
             compile_whole(self)
         else:
             for part in (self.stem, *self.stages, self.head):

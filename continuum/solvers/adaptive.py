@@ -150,10 +150,6 @@ class Adaptive(Solver):
                 )
 
     def __call__(self, field: Field, x: State, times: Sequence[float], previous: State | None = None) -> Solution:
-        if torch.compiler.is_compiling():
-            from continuum.solvers.between_graphs import solve_between_graphs  # the compiler is loaded only where it is used
-
-            return solve_between_graphs(self, field, x, times)  # pyright: ignore[reportCallIssue]
         self.check(field)  # again, because training may have been switched on since
         differentiated = needs_grad(field, x)
         if self._forward_only and differentiated:
@@ -179,7 +175,8 @@ class Adaptive(Solver):
         with restored_on_error(field):
             if self.chosen_engine == "continuum":
                 kept: dict[Gradient, Keep] = {"direct": "graphs", "checkpoint": "states"}
-                stepper = Stepper(self, field, times, kept[self.gradient] if differentiated else "nothing")
+                keep = kept[self.gradient] if differentiated else "nothing"
+                stepper = Stepper(self, field, times, keep, x.device)
                 return Solution([x, *solve(stepper, x)], stepper.cost())
             library, states = LibrarySolve(self, field, times[0]), [x]
             for leg in pairwise(times):

@@ -50,6 +50,11 @@ class Solver(ABC):
     def check(self, field: Field) -> None:
         """Raise TypeError if this solver cannot solve `field`."""
 
+    @property
+    def one_graph(self) -> bool:
+        """Whether torch.compile can follow all steps; of other solvers, it compiles the evaluations of the field."""
+        return False
+
     def without_noise(self) -> "Solver":
         """The solver that this one is where the field has no noise."""
         return self

@@ -1,4 +1,4 @@
-"""An adaptive solve in a compiled network: its number of steps is unknown to the compiler, which sees field and sums."""
+"""A solve in a compiled network that the compiler cannot follow step by step: it is given the evaluations of the field."""
 
 from collections.abc import Sequence
 
@@ -11,6 +11,8 @@ from continuum.types import State
 
 
 @torch.compiler.disable
-def solve_between_graphs(solver: Solver, field: Field, x: State, times: Sequence[float]) -> Solution:
+def solve_between_graphs(
+    solver: Solver, field: Field, x: State, times: Sequence[float], previous: State | None = None
+) -> Solution:
     compile_field(field)
-    return solver(field, x, times)
+    return solver(field, x, times, previous)

@@ -106,8 +106,7 @@ class FixedStep(Solver):
             self.scheme.check_undo(field)
 
     @property
-    def one_graph(self) -> bool:
-        """Whether torch.compile can follow all steps: not where derivatives are taken inside them, or steps taken back."""
+    def one_graph(self) -> bool:  # not where derivatives are taken inside the steps, or steps taken back
         return self.gradient != "reversible" and not isinstance(self.scheme, Milstein)
 
     def without_noise(self) -> Solver:

@@ -124,7 +124,7 @@ class _Equation:
         if self.clamp and isinstance(t, Tensor):
             t = t.clamp(min(self.first, self.last), max(self.first, self.last))
         if self.backward:
-            return self._recompute(t, x)
+            return self._recompute(t.detach() if isinstance(t, Tensor) else t, x)
         if self.known is not None and self.known[0] is x:
             slope, self.known = self.known[1], None
             return slope
@@ -152,6 +152,8 @@ class _Equation:
             raise self.error("the evaluation budget is spent in the adjoint's backward solve", t, 0.0)
         with statistics_untouched(self.solve.field), self.precision.again():
             slope = with_parameters(self.solve.field, self.parameters)(t, x).to(x.dtype)
+        if torch.is_grad_enabled() and not slope.requires_grad:
+            slope = slope + 0 * x  # torchdiffeq differentiates it, whatever it depends on
         if not torch.isfinite(slope).all():
             raise self.error("the field is not finite in the adjoint's backward solve", t, 0.0, slope)
         return slope

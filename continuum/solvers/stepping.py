@@ -115,10 +115,10 @@ def attempt(
 class Stepper:
     """A solve of `field` from times[0] through all `times`, in progress or done, with all that its gradient needs."""
 
-    def __init__(self, solver: "Adaptive", field: Field, times: Sequence[float], keep: Keep) -> None:
+    def __init__(self, solver: "Adaptive", field: Field, times: Sequence[float], keep: Keep, device: torch.device) -> None:
         self.solver, self.field, self.times, self.keep = solver, field, times, keep
         self.pair = pair_of(solver.method)
-        self.sums = arithmetic_of(field)
+        self.sums = arithmetic_of(field, device)
         self.norm = NORMS[solver.norm]
         self.differentiated = torch.is_grad_enabled()
         self.way = 1.0 if times[-1] > times[0] else -1.0
