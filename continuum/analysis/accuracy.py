@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from continuum.analysis.convergence import limit_moment, linear_moment, order
+from continuum.analysis.convergence import order
+from continuum.analysis.stochastic import limit_moment, linear_moment
 from continuum.fields import Autonomous, Coupled, Field, Momentum, PreActivation, TwoColumns
 from continuum.flow import Flow
 from continuum.noise import StochasticDepth

@@ -1,23 +1,82 @@
 """Pictures of what the analysis found: the only door to matplotlib."""
 
+import io
 import math
 import os
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from matplotlib.axes import Axes
+import matplotlib
+from matplotlib import axes as mpl
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from continuum.analysis.bench import Report, ways_of
 from continuum.analysis.compare import Row
+from continuum.analysis.figures import Axes, Matrix, Panel
 from continuum.analysis.weak import WeakReport
 from continuum.files import whole_file
 
 MARKERS = "osD^vP*X<>hd"
 GAPS = {"h=1": "network and SDE", "h=1/2": "h = 1/2 and SDE", "evaluation": "evaluation and network with noise"}
+
+
+def draw(panels: Sequence[Panel], path: str | os.PathLike[str]) -> None:
+    """The panels side by side, in a file whose ending says which kind of picture it is."""
+    _save(_drawn(panels), path)
+
+
+def svg(panels: Sequence[Panel]) -> str:
+    """The panels side by side, as an <svg> element to put into a page; it refers to nothing outside."""
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "continuum"}):
+        _drawn(panels).savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    return text.getvalue().partition("<svg")[1] + text.getvalue().partition("<svg")[2]
+
+
+def _drawn(panels: Sequence[Panel]) -> Figure:
+    wide = [max(4.8, 1.6 + 0.75 * len(panel.columns)) if isinstance(panel, Matrix) else 4.8 for panel in panels]
+    high = max([3.6, *(1.6 + 0.42 * len(panel.rows) for panel in panels if isinstance(panel, Matrix))])
+    figure = Figure(figsize=(sum(wide), high), layout="constrained")
+    for panel, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False, width_ratios=wide)[0], strict=True):
+        _matrix(axes, panel) if isinstance(panel, Matrix) else _lines(axes, panel)
+        axes.set_title(panel.title, fontsize="medium")
+        axes.set_xlabel(panel.x)
+        axes.set_ylabel(panel.y)
+    return figure
+
+
+def _lines(axes: mpl.Axes, panel: Axes) -> None:
+    for index, line in enumerate(panel.lines):
+        color, marker = f"C{index % 10}", MARKERS[index % len(MARKERS)]
+        style: dict[str, Any] = {
+            "line": {"color": color, "marker": marker, "markersize": 4 if len(line.x) < 50 else 0},
+            "points": {"color": color, "marker": marker, "linestyle": "none"},
+            "reference": {"color": "0.4", "linestyle": "--"},
+        }[line.style]
+        axes.plot(line.x, line.y, label=line.name, **style)
+    axes.set_xscale(panel.x_scale)
+    axes.set_yscale(panel.y_scale)
+    if panel.x_scale == "log" and (values := [x for line in panel.lines for x in line.x]):
+        _plain_ticks(axes.xaxis, values)
+    elif all(float(x).is_integer() for line in panel.lines for x in line.x):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    if len(panel.lines) > 1 or any(line.style == "reference" for line in panel.lines):
+        axes.legend(fontsize="x-small" if len(panel.lines) > 5 else "small")
+
+
+def _matrix(axes: mpl.Axes, panel: Matrix) -> None:
+    axes.imshow(panel.values, aspect="auto", cmap="viridis")
+    middle = (min(map(min, panel.values)) + max(map(max, panel.values))) / 2
+    axes.set_xticks(range(len(panel.columns)), panel.columns, rotation=45, ha="right", fontsize="small")
+    axes.set_yticks(range(len(panel.rows)), panel.rows, fontsize="small")
+    for row, values in enumerate(panel.values):
+        for column, value in enumerate(values):
+            color = "w" if value < middle else "k"  # on dark and on bright colours
+            axes.text(column, row, f"{value:.3g}", ha="center", va="center", fontsize="small", color=color)
 
 
 def draw_comparison(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
@@ -107,7 +166,7 @@ def draw_overhead(report: Report, path: str | os.PathLike[str]) -> None:
     _save(figure, path)
 
 
-def _bars(axes: Axes, rows: Sequence[dict[str, Any]], colors: Mapping[str, str]) -> None:
+def _bars(axes: mpl.Axes, rows: Sequence[dict[str, Any]], colors: Mapping[str, str]) -> None:
     """A group of bars for each field, on a logarithmic axis, where half and twice as long are equally far from 1."""
     names = ways_of(rows)
     width = 0.8 / max(len(names), 1)
@@ -128,7 +187,7 @@ def _bars(axes: Axes, rows: Sequence[dict[str, Any]], colors: Mapping[str, str])
     axes.grid(alpha=0.3, axis="y")
 
 
-def _third_moments(axes: Axes, report: WeakReport) -> None:
+def _third_moments(axes: mpl.Axes, report: WeakReport) -> None:
     bounds = [layer.bound for layer in report.layers]
     edges = [place - 0.5 for place in range(len(bounds) + 1)]
     band = {"baseline": [-bound for bound in bounds], "fill": True, "color": "C2", "alpha": 0.25}
@@ -147,7 +206,7 @@ def _third_moments(axes: Axes, report: WeakReport) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _gaps(axes: Axes, report: WeakReport) -> None:
+def _gaps(axes: mpl.Axes, report: WeakReport) -> None:
     largest = report.largest()
     for index, (between, label) in enumerate(GAPS.items()):
         gaps = [gaps[between] for gaps in largest.values()]

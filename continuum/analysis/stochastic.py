@@ -210,22 +210,6 @@ def strong_errors(
     return [_estimate(count, "distance", distance) for count, distance in zip(steps, distances, strict=True)]
 
 
-def order(steps: Sequence[int], errors: Sequence[float]) -> float:
-    """r of |error| = C N^-r, the slope of least squares between the logarithms.
-
-    >>> round(order([8, 16, 32], [0.2, 0.1, 0.05]), 6)
-    1.0
-
-    Raises:
-        ValueError: fewer than two numbers of steps, or an error of zero.
-    """
-    if len(set(steps)) < 2 or len(steps) != len(errors) or not all(errors):
-        raise ValueError(f"an order is between two or more errors other than 0, got {list(errors)} for {list(steps)} steps")
-    x, y = [math.log(count) for count in steps], [math.log(abs(error)) for error in errors]
-    mx, my = math.fsum(x) / len(x), math.fsum(y) / len(y)
-    return -math.fsum((a - mx) * (b - my) for a, b in zip(x, y, strict=True)) / math.fsum((a - mx) ** 2 for a in x)
-
-
 def _sampled(
     field: Field,
     scheme: StochasticScheme,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from continuum.analysis.convergence import SDE, CoupledPath, forked_devices, mean_of, run_coupled
+from continuum.analysis.stochastic import SDE, CoupledPath, forked_devices, mean_of, run_coupled
 from continuum.fields import Field
 from continuum.files import whole_file
 from continuum.flow import Flow

@@ -1,0 +1,242 @@
+"""Orders of convergence, measured: |x_N - x| = C N^-r for N steps, or N layers."""
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from continuum.fields import Autonomous, Coupled, Field, Momentum, Scaled, SecondOrder
+from continuum.flow import Flow
+from continuum.schemes import Euler, Scheme
+from continuum.solvers import Adaptive, FixedStep, SolveError
+from continuum.types import State, Time
+from continuum.weights import STATISTICS, Expansion, PiecewiseConstant
+
+TOLERANCES = (1e-6, 1e-8, 1e-10)
+"""Of references, each tighter than the one before as long as it is affordable."""
+
+EVALUATIONS = 2_000
+"""What a reference may cost, a layer. Smooth fields need a tenth of it at 1e-10; each kink, as of ReLU, costs more."""
+
+SAFE = 30.0
+"""An error counts where it is so many times the tolerance of its reference."""
+
+
+@dataclass(frozen=True)
+class Convergence:
+    """Relative errors for growing numbers of steps (or layers), beside the order they should fall with.
+
+    Errors below `floor` may be the reference's own; `order` leaves them out.
+    """
+
+    name: str
+    steps: tuple[int, ...]
+    errors: tuple[float, ...]
+    expected: int
+    floor: float = SAFE * TOLERANCES[-1]
+
+    @property
+    def order(self) -> float:
+        """The r fitted to error = C steps^-r above the floor; NaN where fewer than two errors are."""
+        kept = [(count, error) for count, error in zip(self.steps, self.errors, strict=True) if error > self.floor]
+        return order([count for count, _ in kept], [error for _, error in kept]) if len(kept) > 1 else math.nan
+
+
+def order(steps: Sequence[int], errors: Sequence[float]) -> float:
+    """r of |error| = C N^-r, the slope of least squares between the logarithms.
+
+    >>> round(order([8, 16, 32], [0.2, 0.1, 0.05]), 6)
+    1.0
+
+    Raises:
+        ValueError: fewer than two numbers of steps, or an error of zero.
+    """
+    if len(set(steps)) < 2 or len(steps) != len(errors) or not all(errors):
+        raise ValueError(f"an order is between two or more errors other than 0, got {list(errors)} for {list(steps)} steps")
+    x, y = [math.log(count) for count in steps], [math.log(abs(error)) for error in errors]
+    mx, my = math.fsum(x) / len(x), math.fsum(y) / len(y)
+    return -math.fsum((a - mx) * (b - my) for a, b in zip(x, y, strict=True)) / math.fsum((a - mx) ** 2 for a in x)
+
+
+@torch.no_grad()
+def scheme_errors(flow: Flow, x: State, scheme: Scheme, per_layer: Sequence[int] = (1, 2, 4, 8, 16)) -> Convergence:
+    """|x_m - x_ref| / |x_ref| at the end of the flow, for m steps of `scheme` a layer, h = 1/m.
+
+    Computed in float64 on a copy in evaluation mode, without noise. The reference is dopri8 at a tolerance of 1e-10, or 1e-6 or
+    1e-8 where kinks in the field make that too dear. A layer of LM-ResNet stands for (1 + k) x' = f. Where the field jumps from
+    layer to layer, a multistep scheme may fall behind its order: its past belongs to another layer.
+
+    >>> from continuum.fields import MLP
+    >>> flow = Flow(MLP(2, hidden=8), "euler", depth=1)
+    >>> abs(scheme_errors(flow, torch.ones(1, 2), Euler(), (8, 16, 32)).order - 1) < 0.1
+    True
+
+    Raises:
+        ValueError: an m that is no positive integer, or whose step does not divide the depth.
+        TypeError: the scheme cannot step the field.
+        SolveError: the reference is too dear even at 1e-6.
+    """
+    counts = _checked_counts(per_layer, "steps a layer")
+    field, x = _copied(flow.drift().field), x.double()
+    flows = [Flow(field, FixedStep(scheme, h=1 / m), flow.depth) for m in counts]
+    exact, tolerance = _reference(field, x, flow.depth)
+    errors = tuple(_distance(solved(x), exact) for solved in flows)
+    return Convergence(str(scheme), counts, errors, scheme.order, SAFE * tolerance)
+
+
+def sampled(field: Expansion, layers: int) -> PiecewiseConstant:
+    """The N layers x+ = x + (T / N) f(x; theta(i T / N)), whose deep limit is the equation of `field` on [0, T].
+
+    Euler's scheme with h = 1 over depth N is that residual network; it converges with order 1 (arXiv 1810.11741). The layers
+    have weights of their own, and a field that looks at the depth besides sees i T / N.
+
+    >>> from continuum.bases import Hat
+    >>> from continuum.fields import MLP
+    >>> len(sampled(Expansion(MLP(2, hidden=8), Hat(3, depth=2)), 8).layers)
+    8
+
+    Raises:
+        TypeError: the field is no `Expansion`.
+        ValueError: the number of layers is no positive integer.
+    """
+    _check_expansion(field)
+    _checked_counts([layers], "layers")
+    size = field.basis.depth / layers
+    network = PiecewiseConstant(held(field, i * size).scaled(size) for i in range(layers))
+    network.training = network.layers.training = field.training
+    return network
+
+
+@torch.no_grad()
+def deep_limit(field: Expansion, x: State, layers: Sequence[int] = (8, 16, 32, 64, 128)) -> Convergence:
+    """|x_N - x(T)| / |x(T)|, for the networks of N layers `sampled` from `field` and the solution of its equation.
+
+    Computed in float64 on a copy in evaluation mode, with the reference of `scheme_errors`.
+
+    Raises:
+        TypeError, ValueError: as `sampled`.
+        SolveError: the reference is too dear even at 1e-6.
+    """
+    counts = _checked_counts(layers, "layers")
+    _check_expansion(field)
+    field, x = _copied(field), x.double()
+    exact, tolerance = _reference(field, x, field.basis.depth)
+    errors = tuple(_distance(Flow(sampled(field, n), FixedStep(Euler()), n)(x), exact) for n in counts)
+    return Convergence("deep limit", counts, errors, 1, SAFE * tolerance)
+
+
+# One depth
+
+
+class Held(Field):
+    """A field with its depth held at one value, f(x) = field(depth, x)."""
+
+    def __init__(self, field: Field, depth: float) -> None:
+        super().__init__()
+        self.field = field
+        self.depth = depth
+
+    def forward(self, t: Time, x: State) -> State:
+        return self.field(self.depth, x)
+
+    def extra_repr(self) -> str:
+        return f"depth={self.depth:g}"
+
+
+def held(field: Field, t: float) -> Field:
+    """`field` as it is at depth t, an autonomous field that the same schemes can step.
+
+    An `Expansion` becomes its field with weights theta(t) of its own; any other field keeps its weights.
+    """
+    autonomous = _held(field, t)
+    autonomous.training = field.training  # not train(), which would set the modes of shared parts too
+    return autonomous
+
+
+def _held(field: Field, t: float) -> Field:
+    match field:
+        case Expansion():
+            return held(_with_weights(field, t), t)
+        case PiecewiseConstant():
+            return held(field.layer(t), t)
+        case Autonomous():
+            return field
+        case Scaled():
+            return held(field.field, t).scaled(field.scale)
+        case Momentum():
+            momentum = Momentum(held(field.field, t), k=0.0)
+            momentum.k = field.k
+            return momentum
+        case SecondOrder():
+            return SecondOrder(held(field.second, t))
+        case Coupled():
+            return Coupled(held(field.first, t), held(field.second, t))
+        case _:
+            return Held(field, t)
+
+
+def _with_weights(field: Expansion, t: float) -> Field:
+    """The expanded field with the weights, and running statistics, that it has at depth t; tied parameters stay tied."""
+    layer, terms = copy.deepcopy(field.field), field.basis(t)
+
+    def combined(stacked: Tensor) -> Tensor:
+        total = sum((value * stacked[k].detach() for k, value in terms), torch.zeros_like(stacked[0], requires_grad=False))
+        return cast(Tensor, total).to(stacked.dtype)
+
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in layer.modules():
+        for name, stacked in list(module.named_parameters(recurse=False)):
+            made.setdefault(stacked, nn.Parameter(combined(stacked), stacked.requires_grad))
+            setattr(module, name, made[stacked])
+    for norm in field.norms:
+        module = layer.get_submodule(norm)
+        for name in STATISTICS:
+            setattr(module, name, combined(cast(Tensor, getattr(module, name))))
+    return layer
+
+
+# Parts
+
+
+F = TypeVar("F", bound=Field)
+
+
+def _copied(field: F) -> F:
+    return copy.deepcopy(field).double().eval()
+
+
+def _reference(field: Field, x: State, depth: float) -> tuple[State, float]:
+    """x(depth) at the tightest tolerance that is affordable, and that tolerance."""
+    found: tuple[State, float] | None = None
+    for tolerance in TOLERANCES:
+        solver = Adaptive("dopri8", tolerance, tolerance, max_evaluations=math.ceil(EVALUATIONS * max(1.0, depth)))
+        try:
+            found = Flow(field, solver, depth)(x), tolerance
+        except SolveError:
+            if found is None:
+                raise
+            break
+    assert found is not None
+    return found
+
+
+def _distance(x: State, exact: State) -> float:
+    return float((x - exact).norm() / exact.norm())
+
+
+def _check_expansion(field: Field) -> None:
+    if not isinstance(field, Expansion):
+        raise TypeError(
+            f"a deep limit takes the weights of an Expansion at N depths; a {type(field).__name__} has no theta(t). Layers get "
+            "one by PiecewiseConstant(layers).project(basis)"
+        )
+
+
+def _checked_counts(counts: Sequence[int], what: str) -> tuple[int, ...]:
+    if wrong := [count for count in counts if isinstance(count, bool) or not isinstance(count, int) or count < 1]:
+        raise ValueError(f"numbers of {what} are positive integers, not {wrong}")
+    return tuple(counts)
