@@ -9,9 +9,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from continuum.augmented import Integrand, augmented
 from continuum.fields import Field
 from continuum.fields.base import checked
 from continuum.noise.base import has_noise
+from continuum.schemes import TwoStepMidpoint
 from continuum.schemes.base import inside
 from continuum.schemes.stochastic import without_noise
 from continuum.solvers import Adaptive, Brownian, Cost, Embedded, FixedStep, Solver, parse
@@ -208,6 +210,50 @@ class Flow(nn.Module):
             return tuple(map(torch.stack, zip(*states, strict=True)))
         return torch.stack(cast(list[Tensor], states))
 
+    def integral(self, x: State, integrand: Integrand, memory: State | None = None) -> tuple[State, Tensor]:
+        """x(depth), and the integral of integrand(t, x, dx/dt) over [0, depth] for every image, from one solve of both.
+
+        The integral is one more component of the state, a' = integrand(t, x, f(t, x)) with a(0) = 0, so it has the order and
+        the gradients of the solver. An adaptive solver meets its tolerance for it too, and may take other steps than alone.
+        The integrand sees dx/dt as a function of x, and may differentiate it: torch.autograd.grad(slope, x, ...).
+
+        >>> from continuum.fields import Autonomous
+        >>> flow = Flow(Autonomous(nn.Identity()), "rk4:h=0.125", depth=1)
+        >>> end, length = flow.integral(torch.ones(1, 1), lambda t, x, slope: slope.abs().sum(1))
+        >>> print(f"{end.item():.3f} {length.item():.3f}")  # e, and the way there
+        2.718 1.718
+
+        Raises:
+            TypeError: a scheme that needs single states, such as LM-ResNet's, Fractal or Verlet; a field with noise.
+            ValueError: an integrand that does not return one number an image.
+        """
+        flow = self.with_integral(integrand)
+        if memory is not None and isinstance(self.solver, FixedStep) and isinstance(self.solver.scheme, TwoStepMidpoint):
+            raise TypeError(
+                f"{self.solver} starts from two states here, and the integral before the first is unknown. {OTHERS}"
+            )
+        x = _widened(x)
+        if torch.is_grad_enabled() and not x.requires_grad:
+            x = x.detach().requires_grad_()  # so that the integrand can differentiate with respect to all states
+        end, total = flow((x, x.new_zeros(len(x))))
+        self.cost = flow.cost
+        return end, total
+
+    def with_integral(self, integrand: Integrand) -> "Flow":
+        """The flow of the pair (x, a), a' = integrand(t, x, dx/dt), with the weights and the solver of this one.
+
+        Raises:
+            TypeError: the solver cannot carry the pair.
+        """
+        self.solver.check(self.field)
+        try:
+            flow = Flow(augmented(self.field, integrand), self.solver, self.end)
+            self.solver.check(Packed(flow.field, ()))
+        except TypeError as error:
+            raise TypeError(f"{self.solver} cannot carry an integral beside the state. {OTHERS}") from error
+        flow.refined, flow.training = self.refined, self.training
+        return flow
+
     def with_solver(self, solver: Solver | str) -> "Flow":
         """A flow of the same field, sharing its weights, under another solver."""
         flow = Flow(self.field, solver, self.end)
@@ -289,6 +335,9 @@ class Flow(nn.Module):
 
 
 NO_DERIVATIVE = "a Brownian path has no derivative in time. Take the deterministic flow, flow.drift(), or numbers without grad"
+
+
+OTHERS = "Take a solver that steps any field, such as euler, rk4 or dopri5"
 
 
 class _Moving(torch.autograd.Function):

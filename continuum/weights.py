@@ -4,9 +4,12 @@
 | ------------------- | ---------------------------------------- |
 | `PiecewiseConstant` | theta_floor(t)                           |
 | `Expansion`         | sum_k phi_k(t) theta_k, on a basis phi   |
+
+`depth_smoothness` measures how fast theta changes: int |d theta / ds|^2 ds + tau |theta(0)|^2 on the depths s in [0, 1].
 """
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import cast
@@ -16,8 +19,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from continuum.bases import Basis, Box, Terms, projection
-from continuum.fields import Field, Scaled
+from continuum.bases import Basis, Box, Hat, Legendre, Terms, projection
+from continuum.fields import Field, Momentum, Scaled
 from continuum.fields.base import check_part
 from continuum.types import State, Time
 
@@ -264,3 +267,91 @@ class PiecewiseConstant(Field):
         expansion = Expansion([cast(Field, layer) for layer in self.layers], Box(len(self.layers), basis.depth)).project(basis)
         expansion.training = self.training
         return expansion
+
+
+def depth_smoothness(field: PiecewiseConstant | Expansion, tau: float = 1.0) -> Tensor:
+    """int |d theta / ds|^2 ds + tau |theta(0)|^2 over all parameters, with the depth s = t / T in [0, 1].
+
+    For N layers it is N sum_i |theta_{i+1} - theta_i|^2 + tau |theta_0|^2 (arXiv 1810.11741). The factor N keeps its size
+    as layers are added to the same theta(t); with it as a penalty, the best weights of ever more layers converge to those of
+    the ODE. For an `Expansion` on `Hat` the integral is such a sum over its nodes, with their number of gaps for N; on
+    smooth bases it is a quadratic form of the coefficients. A jump of `Box` counts as one between layers.
+
+    The theta are those inside `Scaled` and `Momentum`: a common scale T/N is no part of theta, and neither is k, which belongs
+    to the scheme and which the first layer of an LM-ResNet does not have. Running statistics are no weights.
+
+    >>> from torch import nn
+    >>> from continuum.fields import Autonomous
+    >>> layers = [nn.PReLU(1, init) for init in (1.0, 2.0, 4.0)]
+    >>> depth_smoothness(PiecewiseConstant(map(Autonomous, layers)), tau=0.5).item()  # 3 (1 + 4) + 0.5
+    15.5
+
+    Returns:
+        One number, differentiable with respect to the parameters.
+
+    Raises:
+        TypeError: a field whose weights are no function of depth, or a basis with kinks other than `Hat` and `Box`.
+        ValueError: layers of several kinds, or a negative tau.
+    """
+    if not tau >= 0:
+        raise ValueError(f"tau weighs |theta(0)|^2 and is not negative; got {tau}")
+    if isinstance(field, PiecewiseConstant):
+        basis, thetas = Box(len(field.layers), len(field.layers)), _stacked([_weights_of(layer) for layer in field.layers])
+    elif isinstance(field, Expansion):
+        basis, thetas = field.basis, list(_weights_of(field.field).values())
+    else:
+        raise TypeError(
+            f"the weights of a {type(field).__name__} are not a function of depth: only PiecewiseConstant layers and an "
+            "Expansion have a smoothness"
+        )
+    total = torch.zeros(())
+    for theta in thetas:
+        energy = _derivative_energy(basis, theta) + tau * _combined(theta, basis(0.0)).square().sum()
+        total = total.to(energy) + energy
+    return total
+
+
+def _weights_of(layer: nn.Module) -> dict[str, Tensor]:
+    """The parameters that are theta: without the k of `Momentum`, and by names that `Momentum` and `Scaled` do not change."""
+    while isinstance(layer, Momentum | Scaled):
+        layer = layer.field
+    return dict(layer.named_parameters())
+
+
+def _stacked(layers: Sequence[dict[str, Tensor]]) -> list[Tensor]:
+    """Each parameter of all layers as one tensor, (layers, *shape)."""
+    kinds = [{name: tuple(tensor.shape) for name, tensor in layer.items()} for layer in layers]
+    for index, kind in enumerate(kinds):
+        for name in [*kinds[0], *kind]:
+            if kind.get(name) != kinds[0].get(name):
+                raise ValueError(
+                    f"layers are compared if they are of one kind: parameter {name} has shape {kinds[0].get(name, 'none')} in "
+                    f"layer 0 and {kind.get(name, 'none')} in layer {index}"
+                )
+    return [torch.stack([layer[name] for layer in layers]) for name in layers[0]]
+
+
+def _derivative_energy(basis: Basis, theta: Tensor) -> Tensor:
+    """int_0^1 |d theta / ds|^2 ds for the coefficients theta, (basis.size, *shape)."""
+    if isinstance(basis, Hat | Box):
+        gaps = basis.size - 1 if isinstance(basis, Hat) else basis.size
+        return gaps * theta.diff(dim=0).square().sum()
+    flat = theta.reshape(basis.size, -1)
+    return (flat * (_derivative_gram(basis).to(flat) @ flat)).sum()
+
+
+@functools.lru_cache
+def _derivative_gram(basis: Basis) -> Tensor:
+    """The matrix int_0^1 phi_i' phi_j' ds of a smooth basis, in float64, by way of Legendre's polynomials on [0, 1].
+
+    There it is 2 min(i, j) (min(i, j) + 1) for even i + j, else zero. Polynomials lose nothing on the way, and a wave of
+    number k needs those of degree up to about pi k, plus a few.
+    """
+    if basis.knots:
+        raise TypeError(f"{basis} has kinks: of such bases depth_smoothness knows Hat and Box")
+    legendre = Legendre(2 * basis.size + 24, basis.depth)
+    k = torch.arange(legendre.size, dtype=torch.float64, device="cpu")
+    low = torch.minimum(k[:, None], k)
+    stiffness = 2 * low * (low + 1) * ((k[:, None] + k) % 2 == 0)
+    matrix = projection(basis, legendre)
+    return matrix.T @ stiffness @ matrix

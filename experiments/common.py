@@ -25,6 +25,8 @@ from torch import nn
 
 import continuum
 from continuum import Flow
+from continuum.analysis.figures import Panel
+from continuum.analysis.plots import draw
 from continuum.files import whole_file
 from continuum.models.parts import PooledHead
 from continuum.models.zoo.continuous import mnist_stem
@@ -77,6 +79,15 @@ class Experiment:
     def chosen(self, **key: object) -> list[Row]:
         """The runs with these values."""
         return [row for row in self.runs if all(row[name] == value for name, value in key.items())]
+
+    def draw(self, panels: Sequence[Panel]) -> None:
+        """The figure, for the README and docs/claims.md if the results are the repository's; else beside them."""
+        draw(panels, self.figure if self.published else self.results / f"{self.name}.png")
+
+    @property
+    def figure(self) -> Path:
+        config = "" if self.name == "cpu" else f"_{self.name}"
+        return self.folder.parent.parent / "docs" / "claims" / f"{self.folder.name}{config}.png"
 
     def publish(self, table: str) -> None:
         """Print the table; into the README too, between the marks of this config, if the results are the repository's."""

@@ -17,6 +17,7 @@ RANKS = [
     {"weights", "noise"},
     {"schemes"},
     {"solvers"},
+    {"augmented"},
     {"flow"},
     {"models"},
     {"convert", "export"},

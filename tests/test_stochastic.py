@@ -18,8 +18,8 @@ from torch import Tensor
 import continuum
 from continuum import Autonomous, FixedStep, Flow, Momentum, PiecewiseConstant
 from continuum.analysis.convergence import order
-from continuum.analysis.stochastic import limit_moment, linear_moment, strong_errors, weak_errors
 from continuum.analysis.plots import draw_weak
+from continuum.analysis.stochastic import limit_moment, linear_moment, strong_errors, weak_errors
 from continuum.analysis.weak import weak_report
 from continuum.cli import main
 from continuum.models import zoo

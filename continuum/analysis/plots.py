@@ -32,7 +32,7 @@ def svg(panels: Sequence[Panel]) -> str:
     """The panels side by side, as an <svg> element to put into a page; it refers to nothing outside."""
     text = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "continuum"}):
-        _drawn(panels).savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+        _drawn(panels).savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     return text.getvalue().partition("<svg")[1] + text.getvalue().partition("<svg")[2]
 
 

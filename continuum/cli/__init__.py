@@ -14,6 +14,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveCon
 from pytorch_lightning.trainer.states import TrainerFn
 
 import continuum
+from continuum.cli.analyse import analyse_command, analyse_parser
 from continuum.cli.bench import bench_command, bench_parser
 from continuum.cli.compare import compare_command, compare_parser
 from continuum.cli.convert import convert_command, convert_parser
@@ -28,6 +29,7 @@ from continuum.training import Classifier, Digits, ImageData, LogCost, WritePred
 from continuum.training.images import DataError
 
 COMMANDS: dict[str, tuple[Callable[[], Parser], Callable[[list[str]], None]]] = {
+    "analyse": (analyse_parser, analyse_command),
     "bench": (bench_parser, bench_command),
     "compare": (compare_parser, compare_command),
     "convert": (convert_parser, convert_command),

@@ -6,11 +6,12 @@ import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import ParamSpec
+from typing import ParamSpec, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from continuum.augmented import Integrand
 from continuum.bases import named_basis
 from continuum.flow import Flow
 from continuum.models.parts import NoisyTransition
@@ -22,6 +23,9 @@ from continuum.types import Images, Logits, State
 from continuum.weights import Expansion, PiecewiseConstant
 
 P = ParamSpec("P")
+
+Solve: TypeAlias = Callable[[Flow, State, State | None], State]
+"""How a network takes a flow: (flow, x, the state one layer before) -> x(depth)."""
 
 
 @dataclass(frozen=True)
@@ -203,6 +207,30 @@ class Network(nn.Module):
                 part.compile() if isinstance(part, Flow) else compile_whole(part)
 
     def forward(self, images: Images) -> Logits:
+        return self._through(images, _end)
+
+    def integral(self, images: Images, integrand: Integrand) -> tuple[Logits, Tensor]:
+        """The logits, and the sum over all flows of the integral of integrand(t, x, dx/dt), one number an image.
+
+        See `Flow.integral`. What `compile` has compiled is evaluated as it was written.
+
+        Raises:
+            TypeError: there is no flow, or one whose scheme cannot carry an integral.
+            ValueError: an integrand that does not return one number an image.
+        """
+        if not self.flows:
+            raise TypeError("this network has no flow to integrate over")
+        integrals: list[Tensor] = []
+
+        def solve(flow: Flow, x: State, previous: State | None) -> State:
+            end, integral = flow.integral(x, integrand, previous)
+            integrals.append(integral)
+            return end
+
+        return self._through(images, solve), torch.stack(integrals).sum(0)
+
+    def _through(self, images: Images, solve: Solve) -> Logits:
+        """The logits, with `solve` in the place of every flow."""
         fallible = self.training and any(isinstance(flow.solver, Adaptive | Brownian) for flow in self.flows)
         with restored_on_error(self) if fallible else nullcontext():
             x, previous = self.stem(images), None
@@ -210,10 +238,14 @@ class Network(nn.Module):
                 if not isinstance(stage, Flow):
                     x, previous = transit(stage, x)
                 elif isinstance(stage.solver, Adaptive | Brownian):
-                    x, previous = solve_named(stage, x, index), None
+                    x, previous = solve_named(stage, x, index, solve), None
                 else:
-                    x, previous = stage(x, previous), None
+                    x, previous = solve(stage, x, previous), None
             return self.head(x)
+
+
+def _end(flow: Flow, x: State, previous: State | None) -> State:
+    return flow(x, previous)
 
 
 def _without_noise(stage: nn.Module) -> nn.Module:
@@ -226,10 +258,10 @@ def transit(stage: nn.Module, x: State) -> tuple[State, State | None]:
     return after if isinstance(after, tuple) else (after, None)
 
 
-def solve_named(flow: Flow, x: Tensor, index: int) -> Tensor:
-    """flow(x), with the flow's name in the error if it fails."""
+def solve_named(flow: Flow, x: Tensor, index: int, solve: Solve = _end) -> Tensor:
+    """flow(x), or another solve of it, with the flow's name in the error if it fails."""
     try:
-        return flow(x)
+        return solve(flow, x, None)
     except SolveError as error:
         error.flow = f"stages.{index}"
         raise

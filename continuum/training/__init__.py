@@ -1,22 +1,29 @@
 """Training on Lightning: the classifier, data modules and callbacks."""
 
+from continuum.training.adaptation import AdaptStep, KeepFriction, LogSmoothness
 from continuum.training.callbacks import LogCost, Refine, WritePredictions
 from continuum.training.classifier import Classifier, OneCycle, Schedule, Steps
 from continuum.training.data import CIFAR10, CIFAR100, MNIST, Digits, FashionMNIST, ImageData, ImageFolder
+from continuum.training.regularisers import DepthSmoothness, Transport
 
 __all__ = [
     "CIFAR10",
     "CIFAR100",
     "MNIST",
+    "AdaptStep",
     "Classifier",
+    "DepthSmoothness",
     "Digits",
     "FashionMNIST",
     "ImageData",
     "ImageFolder",
+    "KeepFriction",
     "LogCost",
+    "LogSmoothness",
     "OneCycle",
     "Refine",
     "Schedule",
     "Steps",
+    "Transport",
     "WritePredictions",
 ]

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -21,7 +21,8 @@ from continuum.models.failure import find_failure
 from continuum.noise.base import drops_branches, stochastic_fields
 from continuum.solvers import Adaptive, SolveError
 from continuum.training.data import ImageData
-from continuum.training.images import keyed_seed
+from continuum.training.images import keyed_generator, keyed_seed
+from continuum.training.regularisers import DepthSmoothness, Transport, check_random_ends, random_ends
 
 NOISE = "noise_seed"
 """Where a training checkpoint holds the seed of the noise."""
@@ -80,9 +81,17 @@ class Classifier(pl.LightningModule):
         label_smoothing: the share of the target spread evenly over the classes.
         schedule: OneCycle, or Steps; None keeps the learning rate.
         samples: how often `predict` draws the noise of a stochastic network; 0 is the drift alone.
+        smoothness: a penalty on weights that change fast with depth, logged as train/smoothness.
+        transport: a penalty on the energies of the paths, logged as train/transport.
+        end_time: in training, every flow ends up to so many layers before or behind its depth, at random (STEER).
+
+    The penalties and random ends are of training alone. train/loss is the cross-entropy without penalties.
 
     Raises:
-        ValueError: a negative number of samples.
+        ValueError: a negative number of samples; an `end_time` that is negative or not less than a flow's depth; layers of
+            several kinds under `smoothness`.
+        TypeError: `smoothness` without weights that vary with depth, `transport` of flows whose scheme or noise does not
+            allow an integral, `end_time` under fixed steps, noise or a learnt depth.
         SolveError: a solve failed, or the loss is not finite; before any weight has changed, and with BatchNorm's buffers as
             they were after the last good step. Under several ranks all of them raise; an adjoint that fails on the way back
             raises on its rank alone.
@@ -97,11 +106,18 @@ class Classifier(pl.LightningModule):
         label_smoothing: float = 0.0,
         schedule: Schedule | None = None,
         samples: int = 0,
+        smoothness: DepthSmoothness | None = None,
+        transport: Transport | None = None,
+        end_time: float = 0.0,
     ) -> None:
         super().__init__()
         if samples < 0:
             raise ValueError(f"samples is how often a stochastic network predicts each image, not {samples}")
         self.network = network
+        self.smoothness = smoothness
+        self.transport = transport
+        self.end_time = end_time
+        self._check_penalties()
         self.learning_rate = learning_rate
         self.momentum = momentum
         self.weight_decay = weight_decay
@@ -116,16 +132,26 @@ class Classifier(pl.LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images)
 
+    def _check_penalties(self) -> None:
+        """Look at once for what the first training step would stumble over."""
+        if self.smoothness is not None:
+            with torch.no_grad():
+                self.smoothness(self.network)
+        if self.transport is not None:
+            self.transport.check(self.network)
+        if self.end_time:
+            check_random_ends(self.network, self.end_time)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels = batch
         buffers = [(buffer, buffer.clone()) for buffer in self.network.buffers()]
-        loss, failure = None, None
+        loss, penalty, failure = None, None, None
         try:
             with self._noise_of_step(batch_idx):
-                logits = self(images)
+                logits, penalty = self._penalised(images)
             loss = self.loss(logits, labels)
             # The one look at the device a step: fixed steps check nothing themselves.
-            if not torch.isfinite(loss):
+            if not torch.isfinite(loss if penalty is None else loss + penalty):
                 with self._noise_of_step(batch_idx):
                     failure = find_failure(self.network, images)
         except SolveError as error:
@@ -141,17 +167,36 @@ class Classifier(pl.LightningModule):
         self.log("train/loss", loss.detach(), prog_bar=True)
         self.train_accuracy(logits.detach(), labels)
         self.log("train/accuracy", self.train_accuracy, on_step=False, on_epoch=True, prog_bar=True)
-        return loss
+        return loss if penalty is None else loss + penalty
+
+    def _penalised(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The logits, and the sum of the penalties if there are any."""
+        penalties: dict[str, Tensor] = {}
+        if self.transport is None:
+            logits = self(images)
+        else:
+            logits, energies = self.network.integral(images, self.transport.integrand())
+            penalties["train/transport"] = energies.mean()
+        if self.smoothness is not None:
+            penalties["train/smoothness"] = self.smoothness(self.network)
+        if not penalties:
+            return logits, None
+        self.log_dict({name: penalty.detach() for name, penalty in penalties.items()})
+        return logits, torch.stack(list(penalties.values())).sum()
 
     @contextmanager
     def _noise_of_step(self, batch_idx: int) -> Iterator[None]:
         """Torch's generators as they are for this step alone, by (seed, epoch, step, rank); its flows draw in their order.
 
-        So a resumed run draws what the uninterrupted one would have, and every rank something else.
+        So a resumed run draws what the uninterrupted one would have, and every rank something else. The random ends of the
+        flows are those of the step too, and the same on all ranks, which may choose their steps together.
         """
-        device = self.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(keyed_seed("noise", self.noise_seed, self.current_epoch, batch_idx, self.global_rank))
+        device, step = self.device, (self.noise_seed, self.current_epoch, batch_idx)
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+            torch.manual_seed(keyed_seed("noise", *step, self.global_rank))
+            if self.end_time and self.training:
+                stack.enter_context(random_ends(self.network.flows, self.end_time, keyed_generator("end", *step)))
             yield
 
     def on_fit_start(self) -> None:

@@ -11,11 +11,12 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.functional import adaptive_avg_pool2d, cross_entropy
+from torch.nn.utils import parameters_to_vector
 
 from continuum import Autonomous, Euler, FixedStep, Flow, PiecewiseConstant
 from continuum.analysis.figures import Axes, Line
-from continuum.analysis.plots import draw
 from continuum.weights import depth_smoothness
 from experiments.common import Experiment, Row, cifar10, spread, table
 
@@ -53,7 +54,11 @@ def run(experiment: Experiment, penalty: float, seed: int) -> Row:
 def train(
     experiment: Experiment, layers: int, penalty: float, seed: int, data: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[Row, Tensor, Tensor]:
-    """What it came to, the weights (layers, numbers of a layer), and the outputs on other images."""
+    """What it came to, the weights (layers, numbers of a layer), and the outputs on other images.
+
+    L-BFGS on all images at once, in theta_0 and sqrt(N) (theta_{i+1} - theta_i), in which the penalty is a plain sum of
+    squares: as many iterations do at every N.
+    """
     settings = experiment.settings
     x, labels, others = data
     torch.manual_seed(seed)
@@ -62,19 +67,43 @@ def train(
         [Autonomous(nn.Sequential(nn.Linear(size, size), nn.Tanh())).scaled(1 / layers) for _ in range(layers)]
     )
     flow = Flow(field, FixedStep(Euler()), depth=layers).to(x.device)
-    optimizer = torch.optim.Adam(flow.parameters(), settings["learning_rate"])
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings["steps"])
-    loss = torch.zeros(())
-    for _ in range(settings["steps"]):
+    start = torch.stack([parameters_to_vector(layer.parameters()) for layer in field.layers]).detach()
+    first = start[0].clone().requires_grad_()
+    rises = (start.diff(dim=0) * layers**0.5).requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [first, rises], max_iter=settings["iterations"], history_size=30, line_search_fn="strong_wolfe", tolerance_change=1e-12
+    )
+
+    def loss() -> Tensor:
+        return cross_entropy(SCALE * functional_call(flow, named(flow, first, rises), (x,))[:, :10], labels)
+
+    def objective() -> Tensor:
         optimizer.zero_grad()
-        loss = cross_entropy(SCALE * flow(x)[:, :10], labels)
-        (loss + penalty * depth_smoothness(field, settings["tau"])).backward()
-        optimizer.step()
-        schedule.step()
+        total = loss() + penalty * (rises.square().sum() + settings["tau"] * first.square().sum())
+        total.backward()
+        return total
+
+    optimizer.step(objective)
     with torch.no_grad():
-        weights = torch.stack([torch.cat([p.flatten() for p in layer.parameters()]) for layer in field.layers])
-        found: Row = {"layers": layers, "loss": float(loss), "roughness": float(depth_smoothness(field, 0.0))}
+        for name, value in named(flow, first, rises).items():
+            flow.get_parameter(name).copy_(value)
+        weights = torch.stack([parameters_to_vector(layer.parameters()) for layer in field.layers])
+        found: Row = {"layers": layers, "loss": float(loss()), "roughness": float(depth_smoothness(field, 0.0))}
         return found, weights, flow(others)
+
+
+def named(flow: Flow, first: Tensor, rises: Tensor) -> dict[str, Tensor]:
+    """The parameters of the layers from those of the first and the scaled differences."""
+    layers = len(rises) + 1
+    stacked = torch.cat([first[None], first + rises.cumsum(0) / layers**0.5])
+    shapes = [(name, parameter.shape) for name, parameter in flow.named_parameters()]
+    each = len(shapes) // layers
+    found = {}
+    for index, numbers in enumerate(stacked):
+        own = shapes[index * each : (index + 1) * each]
+        parts = numbers.split([shape.numel() for _, shape in own])
+        found |= {name: part.view(shape) for (name, shape), part in zip(own, parts, strict=True)}
+    return found
 
 
 def report(experiment: Experiment) -> str:
@@ -112,7 +141,7 @@ def figure(experiment: Experiment) -> None:
             slope = [means[0] * layers[0] / n for n in layers]
         lines.append(Line("slope -1", layers, slope, "reference"))
         panels.append(Axes(title, "layers N", "relative distance to the next N", lines, "log", "log"))
-    draw(panels, experiment.results / f"{experiment.name}.png")
+    experiment.draw(panels)
 
 
 def main() -> None:

@@ -13,7 +13,6 @@ import torch
 from continuum import Coupled, Coupling, FixedStep, Flow, PiecewiseConstant
 from continuum.analysis.figures import Axes, Line
 from continuum.analysis.gradients import compare_gradients
-from continuum.analysis.plots import draw
 from continuum.fields import Autonomous, ODENetBranch, PreActivation
 from continuum.fields.branches import group_norm
 from continuum.solvers import parse
@@ -52,7 +51,7 @@ def run(experiment: Experiment, solver: str, seed: int) -> Row:
     accuracy, loss = evaluated(network, data)
     row: Row = {"losses": watch.epochs, "accuracy": accuracy, "loss": loss, "gradients": []}
     if seed == settings["seeds"][0] and solver == settings["training"][0]:
-        images, _ = next(data.test_batches(64))
+        images, _ = next(data.test_batches(8))
         row["gradients"] = gradients(network, images, settings["tolerances"])
     return row
 
@@ -130,7 +129,7 @@ def figure(experiment: Experiment) -> None:
     for trained in settings["training"]:
         runs = [row["losses"] for row in experiment.chosen(trained=trained)]
         curves.append(Line(trained, epochs, [sum(values) / len(values) for values in zip(*runs, strict=True)]))
-    draw([Axes("mean over the seeds", "epoch", "training loss", curves)], experiment.results / f"{experiment.name}.png")
+    experiment.draw([Axes("mean over the seeds", "epoch", "training loss", curves)])
 
 
 def main() -> None:

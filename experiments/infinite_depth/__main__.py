@@ -13,7 +13,6 @@ import continuum
 from continuum import Expansion, Flow, Hat, PiecewiseConstant
 from continuum.analysis.figures import Axes, Line
 from continuum.analysis.memory import peak_memory
-from continuum.analysis.plots import draw
 from continuum.fields import Autonomous, ODENetBranch, PreActivation
 from continuum.fields.branches import group_norm
 from experiments.common import Experiment, Row, cifar10, evaluated, seeded, single_flow, spread, table, train
@@ -108,10 +107,7 @@ def figure(experiment: Experiment) -> None:
     for name in networks(experiment.settings):
         counts = experiment.chosen(network=name, seed=first)[0]["evaluations"]
         lines.append(Line(name, list(range(1, len(counts) + 1)), counts))
-    draw(
-        [Axes(f"cost over training, seed {first}", "epoch", "evaluations of the field", lines)],
-        experiment.results / f"{experiment.name}.png",
-    )
+    experiment.draw([Axes(f"cost over training, seed {first}", "epoch", "evaluations of the field", lines)])
 
 
 def main() -> None:

@@ -7,7 +7,6 @@ import pytorch_lightning as pl
 import continuum
 from continuum.analysis.figures import Axes, Line
 from continuum.analysis.momentum import frictions
-from continuum.analysis.plots import draw
 from continuum.training import Steps
 from experiments.common import Experiment, Row, cifar10, evaluated, seeded, spread, table, train
 
@@ -65,12 +64,11 @@ def figure(experiment: Experiment) -> None:
     over_depth = [Line(f"seed {row['seed']}", list(range(1, len(row["places"]) + 1)), row["k"][-1]) for row in runs]
     epochs = list(range(len(runs[0]["k"])))
     over_training = [Line(place, epochs, [k[index] for k in runs[0]["k"]]) for index, place in enumerate(runs[0]["places"])]
-    draw(
+    experiment.draw(
         [
             Axes("k after training", "layer with memory, from the first to the last", "k", over_depth),
             Axes("k during training, seed 0", "epoch", "k", over_training),
-        ],
-        experiment.results / f"{experiment.name}.png",
+        ]
     )
 
 

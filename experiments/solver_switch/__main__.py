@@ -8,7 +8,6 @@ from functools import partial
 
 from continuum import Flow
 from continuum.analysis.figures import Matrix
-from continuum.analysis.plots import draw
 from continuum.fields import ODENetBranch
 from experiments.common import Experiment, Row, cifar10, evaluated, seeded, single_flow, spread, table, train
 
@@ -74,7 +73,7 @@ def figure(experiment: Experiment) -> None:
         settings["training"],
         values,
     )
-    draw([panel], experiment.results / f"{experiment.name}.png")
+    experiment.draw([panel])
 
 
 def main() -> None:

@@ -1,0 +1,181 @@
+"""How the flows of a network move states apart, by the singular values of the Jacobian J of x(0) -> x(T) at given images.
+
+    lipschitz = max over images of sigma_max(J),    lyapunov = mean over images of log(sigma_max(J)) / T
+
+and in what steps they go: |h f(x_i)| / |x_i| for the states, |theta_{i+1} - theta_i| / |theta_i| for the weights.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from continuum.fields import Field, Momentum, Scaled
+from continuum.flow import Flow
+from continuum.models import Network
+from continuum.schemes.base import inside
+from continuum.solvers import Adaptive, FixedStep
+from continuum.types import Images, State
+from continuum.weights import Expansion, PiecewiseConstant
+
+ITERATIONS = 100
+"""The most steps of the power iteration, three solves each."""
+
+SETTLED = 1e-5
+"""The iteration ends when no image's singular value has grown by more than this part of it."""
+
+
+@dataclass(frozen=True)
+class Dynamics:
+    """One flow, by its name in the network, at the states that some images pass through.
+
+    `lipschitz` is the largest factor by which a small difference in x(0) grows until x(depth). `lyapunov` is the finite-time
+    exponent, the mean over the images of log(sigma_max) / depth, in 1/layer. For one image lipschitz is exp(depth lyapunov);
+    for several it is at least that. Both are lower bounds, as everything that a power iteration finds.
+
+    `steps` are |h f(x_i)| / |x_i| of every step, the mean over the images; for an adaptive solver, of every accepted one.
+    `smoothness` is |theta_{i+1} - theta_i| / |theta_i| from each layer to the next; for an `Expansion`, from each of
+    `basis.size` evenly spaced depths to the next, which are the nodes of `Hat`. It is empty where the weights do not vary with
+    depth, or the layers are not of one kind.
+    """
+
+    flow: str
+    lipschitz: float
+    lyapunov: float
+    steps: list[float]
+    smoothness: list[float]
+
+
+@torch.no_grad()
+def dynamics(network: Network, images: Images) -> list[Dynamics]:
+    """The dynamics of every flow of `network`, in the order in which images pass them.
+
+    Computed in float64 on a copy in evaluation mode, without noise; adaptive flows repeat the steps they accept on these
+    images. Where the network hands a flow the state one layer before, that state is held: J is the derivative with respect to
+    the state that enters.
+
+    >>> import continuum
+    >>> (found, *_) = dynamics(continuum.resnet(14, width=4), torch.randn(2, 3, 8, 8))
+    >>> found.flow, len(found.steps), len(found.smoothness)
+    ('stages.0', 1, 0)
+
+    Raises:
+        TypeError: an adaptive solver goes through SciPy.
+        SolveError: a flow cannot be solved.
+    """
+    network = copy.deepcopy(network).double().eval().requires_grad_(False)
+    network = network.drift() if network.stochastic else network
+    entering: dict[nn.Module, tuple[State, State | None]] = {}
+    hooks = [
+        flow.register_forward_pre_hook(
+            lambda flow, inputs: entering.update({flow: (inputs[0], inputs[1] if len(inputs) > 1 else None)})
+        )
+        for flow in network.flows
+    ]
+    network(images.double())
+    for hook in hooks:
+        hook.remove()
+    found: list[Dynamics] = []
+    for index, stage in enumerate(network.stages):
+        if isinstance(stage, Flow):
+            found.append(_of_flow(f"stages.{index}", stage, *entering[stage]))
+    return found
+
+
+def _of_flow(name: str, flow: Flow, x: State, memory: State | None) -> Dynamics:
+    if isinstance(flow.solver, Adaptive):
+        flow = flow.frozen(x)
+    elif isinstance(flow.solver, FixedStep):  # whatever is stored for a gradient, the steps are these
+        flow = flow.with_solver(replace(flow.solver, gradient="direct", every=1))
+    sigma = largest_singular_values(flow, x, memory)
+    exponent = float(sigma.log().mean()) / flow.depth
+    return Dynamics(name, float(sigma.max()), exponent, _steps(flow, x, memory), _smoothness(flow.field, flow.depth))
+
+
+def largest_singular_values(flow: Flow, x: State, memory: State | None = None) -> Tensor:
+    """sigma_max of the Jacobian of `flow` at each image of x, (batch,), by power iteration on J^T J without a matrix.
+
+    The flow is in evaluation mode, so that images do not see each other: one vector an image makes one iteration for all.
+    """
+
+    generator = torch.Generator().manual_seed(0)
+    v = _unit(torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x))
+    with torch.enable_grad():
+        start = x.detach().requires_grad_()
+        end = flow(start, memory)
+    sigma = x.new_zeros(len(x))
+    for _ in range(ITERATIONS):
+        stretched = _stretched(flow, x, v, memory)
+        before, sigma = sigma, _norms(stretched)
+        if bool(((sigma - before).abs() <= SETTLED * sigma).all()):
+            break
+        v = _unit(torch.autograd.grad(end, start, stretched, retain_graph=True)[0])
+    return sigma
+
+
+@torch.no_grad()
+def _stretched(flow: Flow, x: State, v: State, memory: State | None) -> State:
+    """J v, carried along with the solve. torch.func.jvp is the same, but loads the compiler first, which takes seconds."""
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(flow(forward_ad.make_dual(x, v), memory)).tangent
+        return torch.zeros_like(x) if tangent is None else tangent
+
+
+def _norms(x: State) -> Tensor:
+    return x.flatten(1).norm(dim=1)
+
+
+def _unit(x: State) -> State:
+    """x with norm one in each image; where it is zero, it stays so."""
+    norms = _norms(x).clamp_min(torch.finfo(x.dtype).tiny)
+    return x / norms.reshape(-1, *[1] * (x.dim() - 1))
+
+
+def _steps(flow: Flow, x: State, memory: State | None) -> list[float]:
+    assert isinstance(flow.solver, FixedStep)
+    sizes: list[float] = []
+    for (t, h), state in zip(flow.solver.steps(0.0, flow.depth), flow.states(x, memory), strict=False):
+        slope = flow.field(inside(flow.field.knots, t, h, 0, state.dtype), state)
+        sizes.append(float((abs(h) * _norms(slope) / _norms(state)).mean()))
+    return sizes
+
+
+def _smoothness(field: Field, depth: float) -> list[float]:
+    thetas = _thetas(field, depth)
+    return [float((after - before).norm() / before.norm()) for before, after in pairwise(thetas)]
+
+
+def _thetas(field: Field, depth: float) -> Sequence[Tensor]:
+    """The weights as one vector at each layer, or at evenly spaced depths; none where depths cannot be compared."""
+    match field:
+        case Scaled() | Momentum():
+            return _thetas(field.field, depth)
+        case PiecewiseConstant():
+            layers = [_weights_of(layer) for layer in field.layers]
+            kinds = {tuple((name, tensor.shape) for name, tensor in layer.items()) for layer in layers}
+            return [_vector(list(layer.values())) for layer in layers] if len(kinds) == 1 and layers[0] else []
+        case Expansion():
+            coefficients, size = list(field.field.parameters()), field.basis.size
+            depths = [i * field.basis.depth / (size - 1) for i in range(size)] if size > 1 and coefficients else []
+            return [_vector([_at(field, t, theta) for theta in coefficients]) for t in depths]
+        case _:
+            return []
+
+
+def _weights_of(layer: nn.Module) -> dict[str, Tensor]:
+    """The parameters of a layer, without the k of `Momentum`, which belongs to the scheme."""
+    while isinstance(layer, Momentum | Scaled):
+        layer = layer.field
+    return dict(layer.named_parameters())
+
+
+def _at(field: Expansion, t: float, theta: Tensor) -> Tensor:
+    return torch.stack([value * theta[k] for k, value in field.basis(t)]).sum(0)
+
+
+def _vector(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])

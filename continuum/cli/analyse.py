@@ -1,0 +1,60 @@
+"""`continuum analyse`: what a trained network is as a differential equation, as a page and its numbers."""
+
+from pathlib import Path
+
+from jsonargparse.typing import PositiveInt
+
+from continuum.analysis.page import write_html, write_json
+from continuum.analysis.report import Sample, report
+from continuum.cli.compare import chosen_device, described_data, device_name
+from continuum.cli.parser import Parser
+from continuum.models.checkpoint import read, restore
+from continuum.training import ImageData
+
+
+def analyse_parser() -> Parser:
+    parser = Parser(
+        prog="continuum analyse",
+        description="Report on a trained network as a differential equation: convergence, momentum, dynamics, cost, gradients.",
+    )
+    parser.add_argument("checkpoint", help="a file of continuum.save, or a checkpoint of `continuum fit`")
+    parser.add_subclass_arguments(
+        ImageData, "data", required=False, help="the images to analyse on (default: the test set of the training's data)"
+    )
+    parser.add_argument("--images", type=PositiveInt, default=64, help="use so many test images (default: 64)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--out", help="folder for the report (default: analyse/ beside the checkpoint)")
+    return parser
+
+
+def analyse_command(arguments: list[str]) -> None:
+    """`continuum analyse`: sections are named as they are done, then written as report.html and report.json."""
+    parser = analyse_parser()
+    options = parser.parse_args(arguments)
+    content = read(options.checkpoint)
+    network = restore(content, options.checkpoint)
+    if not network.flows:
+        parser.error(f"{options.checkpoint} holds a network without a flow: there is no equation to analyse")
+    device = chosen_device(parser, options.device)
+    data = parser.instantiate_classes(options)["data"] or described_data(content, options.checkpoint)
+    data.batch_size = options.images
+    data.prepare_data()
+    data.setup("test")
+    images, labels = next(data.test_batches(options.images))
+    facts = {
+        "checkpoint": str(options.checkpoint),
+        "network": content["continuum"]["builder"],
+        "solvers": ", ".join(sorted({str(flow.solver) for flow in network.flows})),
+        "data": type(data).__name__,
+        "images": len(images),
+        "device": device_name(device),
+    }
+    sections = []
+    for section in report(network.to(device), Sample(images.to(device), labels.to(device)), content):
+        first, _, _ = section.summary.partition(". ")
+        print(f"{section.title}: {first}", flush=True)
+        sections.append(section)
+    out = Path(options.out) if options.out else Path(options.checkpoint).parent / "analyse"
+    write_html(facts, sections, out / "report.html")
+    write_json(facts, sections, out / "report.json")
+    print(f"report:  {out / 'report.html'}\nnumbers: {out / 'report.json'}")

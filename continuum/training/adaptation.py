@@ -1,0 +1,301 @@
+"""What to follow and to adapt in depth while Lightning runs: smoothness, frictions, and the step of the solver.
+
+| callback       | what it does                                                                    |
+| -------------- | ------------------------------------------------------------------------------- |
+| `LogSmoothness`| logs int |d theta / ds|^2 ds + tau |theta(0)|^2 of every flow                     |
+| `KeepFriction` | keeps the k of every layer of LM-ResNet, epoch by epoch                         |
+| `AdaptStep`    | h/2 where the accuracy of the network depends on h, about 1.1 h where it does not |
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from torch import Tensor
+
+from continuum.analysis.momentum import frictions
+from continuum.models import Network
+from continuum.schemes import RK4, Euler, Midpoint
+from continuum.solvers import Adaptive, FixedStep, Solver, parse
+from continuum.solvers.base import evaluating
+from continuum.solvers.text import describe
+from continuum.training.regularisers import flows_in_depth
+from continuum.weights import depth_smoothness
+
+ROUNDING = 1e-6
+"""Tolerances below this are those of float32's rounding."""
+
+
+def _network(module: pl.LightningModule, callback: Callback) -> Network:
+    network = getattr(module, "network", None)
+    if not isinstance(network, Network):
+        raise TypeError(
+            f"{type(callback).__name__} needs a module whose attribute `network` is a Network; {type(module).__name__} has "
+            f"{network!r}"
+        )
+    return network
+
+
+class LogSmoothness(Callback):
+    """Logs `depth_smoothness` of every flow whose weights vary with depth: at the end of each epoch, or every so many steps.
+
+    For modules that have a `network`, such as `Classifier`. The names are flow0/smoothness, flow1/smoothness, ...
+
+    Raises:
+        ValueError: a number of steps that is not positive; on setup, layers of several kinds.
+        TypeError: on setup, a network without such flows.
+    """
+
+    def __init__(self, every: int | None = None, tau: float = 1.0) -> None:
+        if every is not None and every < 1:
+            raise ValueError(f"every is a number of steps from 1 on, or None for once an epoch; got {every}")
+        self.every = every
+        self.tau = tau
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._measured(pl_module)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        if self.every is not None and trainer.global_step % self.every == 0:
+            pl_module.log_dict(self._measured(pl_module), on_step=True, on_epoch=False)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.every is None:
+            pl_module.log_dict(self._measured(pl_module))
+
+    @torch.no_grad()
+    def _measured(self, module: pl.LightningModule) -> dict[str, Tensor]:
+        fields = flows_in_depth(_network(module, self))
+        return {f"flow{index}/smoothness": depth_smoothness(field, self.tau) for index, field in fields.items()}
+
+
+class KeepFriction(Callback):
+    """Keeps the k of every layer of x_{n+1} = (1 - k_n) x_n + k_n x_{n-1} + f_n(x_n) at the start and after each epoch.
+
+    A checkpoint carries the history as plain lists: k[i][j] is that of layer layers[j] of flow flows[j] after epochs[i]
+    epochs (arXiv 1710.10121). Where the layers themselves change, as by `Refine`, the history starts anew.
+
+    For modules that have a `network`, such as `Classifier`.
+
+    Raises:
+        TypeError: on setup, a network without k.
+    """
+
+    def __init__(self) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
+        self.flows: list[str] = []
+        self.layers: list[int] = []
+        self.epochs: list[int] = []
+        self.k: list[list[float]] = []
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        if not frictions(_network(pl_module, self)):
+            raise TypeError("KeepFriction follows the k of Momentum layers, and this network has none: lm_resnet has them")
+        if trainer.global_step == 0:  # a new training; if it resumes, it is told next what was kept
+            self._forget()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self.epochs:
+            self._keep(_network(pl_module, self), trainer.current_epoch)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        if trainer.is_last_batch:  # before validation, which may write a checkpoint
+            self._keep(_network(pl_module, self), trainer.current_epoch + 1)
+
+    def _keep(self, network: Network, epoch: int) -> None:
+        found = frictions(network)
+        flows, layers = [friction.flow for friction in found], [friction.layer for friction in found]
+        if (flows, layers) != (self.flows, self.layers):
+            self._forget()
+            self.flows, self.layers = flows, layers
+        self.epochs.append(epoch)
+        self.k.append([friction.k for friction in found])
+
+    def state_dict(self) -> dict[str, Any]:
+        rows = [list(row) for row in self.k]
+        return {"flows": list(self.flows), "layers": list(self.layers), "epochs": list(self.epochs), "k": rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.flows, self.layers = list(state_dict["flows"]), list(state_dict["layers"])
+        self.epochs, self.k = list(state_dict["epochs"]), [list(row) for row in state_dict["k"]]
+
+
+class AdaptStep(Callback):
+    """Finds the largest step at which the network is still the same function under a finer solver (arXiv 2007.15386).
+
+    Every so many steps it compares the accuracy on the current batch, in evaluation mode, with that of a more precise solver.
+    Where they differ by more than `tolerance`, the solver is part of the model, and its step is halved: h/2, or half the
+    tolerances of an adaptive solver. Otherwise 1.1 h is tried, and kept if they still agree. h stays on the grid 1/m: h/2
+    doubles m, and 1.1 h is the first m at or above m / 1.1, at least one smaller. h is 1 at most, and 1/`finest` at least;
+    tolerances stay between 1e-6 and 1.
+
+    The more precise solver is the midpoint rule for Euler's method and RK4 for the midpoint rule, with an error about 50 times
+    smaller; for adaptive solvers dopri5 or the pair itself, with tolerances so small that it takes more evaluations.
+
+    Checkpoints say which solver it is now, and resuming from one goes on with it. Several processes decide together, by their
+    mean accuracies. A network that was compiled goes on uncompiled after a change.
+
+    For modules that have a `network`, such as `Classifier`, on batches of images and labels.
+
+    >>> AdaptStep(every=100).tolerance
+    0.1
+
+    Raises:
+        ValueError: `every` or `finest` below 1, a tolerance outside (0, 1); on setup, flows with different solvers, or steps
+            that are larger than 1 or not even, or under them a depth that is no integer.
+        TypeError: on setup, a solver that it cannot adapt.
+    """
+
+    def __init__(self, every: int = 50, tolerance: float = 0.1, finest: int = 500) -> None:
+        if every < 1 or finest < 1 or not 0 < tolerance < 1:
+            raise ValueError(
+                f"every and finest are at least 1, and tolerance is a difference of accuracies in (0, 1); got {every}, "
+                f"{finest} and {tolerance}"
+            )
+        self.every = every
+        self.tolerance = tolerance
+        self.finest = finest
+        self.solver: str | None = None
+        self.checked = 0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        network = _network(pl_module, self)
+        check_adaptable(network.solver, [flow.depth for flow in network.flows])
+        if trainer.global_step == 0:  # a new training; if it resumes, it is told next what it was
+            self.solver, self.checked = None, 0
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        network = _network(pl_module, self)
+        if self.solver is not None and parse(self.solver) != network.solver:
+            pl_module.network = network.with_solver(self.solver)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step % self.every or step == self.checked:  # several batches are one step where gradients are accumulated
+            return
+        self.checked = step
+        network = _network(pl_module, self)
+        solver = self._next(network, trainer, *batch)
+        if solver != network.solver:
+            pl_module.network = network.with_solver(solver)
+        self.solver = describe(solver)
+
+    @torch.no_grad()
+    def _next(self, network: Network, trainer: pl.Trainer, images: Tensor, labels: Tensor) -> Solver:
+        """The solver to go on with."""
+
+        def agrees(solver: Solver) -> bool:
+            coarse = network.with_solver(solver)
+            rough, true = accuracy(coarse, images, labels), precise_accuracy(coarse, images, labels)
+            means = trainer.strategy.reduce(torch.tensor([rough, true], device=images.device), reduce_op="mean")
+            assert isinstance(means, Tensor)
+            return float((means[0] - means[1]).abs()) <= self.tolerance
+
+        solver = network.solver
+        with evaluating(network):
+            if not agrees(solver):
+                return finer(solver, self.finest)
+            larger = coarser(solver)
+            return larger if larger != solver and agrees(larger) else solver
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"solver": self.solver, "checked": self.checked}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.solver, self.checked = state_dict["solver"], state_dict["checked"]
+
+
+def check_adaptable(solver: Solver, depths: Sequence[float]) -> None:
+    """Raise TypeError or ValueError unless `AdaptStep` knows a more precise solver, and every 1/m divides the depths."""
+    if isinstance(solver, Adaptive):
+        return
+    if not isinstance(solver, FixedStep) or not isinstance(solver.scheme, Euler | Midpoint):
+        raise TypeError(
+            f"AdaptStep adapts the steps of euler and midpoint, and the tolerances of adaptive solvers, not {solver}"
+        )
+    if solver.grid is not None or solver.h > 1:
+        raise ValueError(f"AdaptStep needs m even steps a layer, h = 1/m; got {solver}")
+    if any(depth != round(depth) for depth in depths):
+        raise ValueError(f"AdaptStep tries all h = 1/m, which divide whole depths only; the flows have {list(depths)}")
+
+
+def finer(solver: Solver, finest: int) -> Solver:
+    """The solver with half the step, if that is not below 1/finest; with half the tolerances, if they are above rounding."""
+    if isinstance(solver, Adaptive):
+        smallest = max(solver.rtol, solver.atol) / 2 < ROUNDING
+        return solver if smallest else replace(solver, rtol=solver.rtol / 2, atol=solver.atol / 2)
+    assert isinstance(solver, FixedStep)
+    m = 2 * round(1 / solver.h)
+    return replace(solver, h=1 / m) if m <= finest else solver
+
+
+def coarser(solver: Solver) -> Solver:
+    """The solver with about 1.1 times the step or the tolerances, where they are not above 1 by that."""
+    if isinstance(solver, Adaptive):
+        larger = replace(solver, rtol=1.1 * solver.rtol, atol=1.1 * solver.atol)
+        return larger if max(larger.rtol, larger.atol) <= 1 else solver
+    assert isinstance(solver, FixedStep)
+    m = round(1 / solver.h)
+    return replace(solver, h=1 / max(1, min(m - 1, math.ceil(m / 1.1))))
+
+
+def accuracy(network: Network, images: Tensor, labels: Tensor) -> float:
+    """The share of the images that `network` classifies as they are labelled."""
+    return float((network(images).argmax(1) == labels).float().mean())
+
+
+def precise_accuracy(network: Network, images: Tensor, labels: Tensor) -> float:
+    """The accuracy under the more precise solver, which evaluates more often than the solve that `network` just did."""
+    solver = network.solver
+    if isinstance(solver, FixedStep):
+        return accuracy(network.with_solver(more_precise(solver)), images, labels)
+    assert isinstance(solver, Adaptive)
+    spent, precise = evaluations(network), solver
+    while True:
+        precise = tighter(precise)
+        judge = network.with_solver(precise)
+        found = accuracy(judge, images, labels)
+        if evaluations(judge) > spent or max(precise.rtol, precise.atol) < ROUNDING:
+            return found
+
+
+def evaluations(network: Network) -> int:
+    """Those of the last solves of all flows."""
+    return sum(flow.cost.evaluations for flow in network.flows if flow.cost is not None)
+
+
+def more_precise(solver: FixedStep) -> FixedStep:
+    """The solver of the next even order with an error about 50 times smaller: h^p / 50, on the grid 1/m."""
+    scheme, order = (Midpoint(), 2) if isinstance(solver.scheme, Euler) else (RK4(), 4)
+    h = min(solver.h, (solver.h ** (order / 2) / 50) ** (1 / order))
+    return FixedStep(scheme, 1 / math.ceil(1 / h - 1e-9))
+
+
+def tighter(solver: Adaptive) -> Adaptive:
+    """dopri5 with a fifth of the tolerances for a pair of lower order, the pair itself with a tenth otherwise."""
+    low = solver.method in ("fehlberg2", "adaptive_heun", "bosh3")
+    share = 5 if low else 10
+    return replace(
+        solver,
+        method="dopri5" if low else solver.method,
+        rtol=solver.rtol / share,
+        atol=solver.atol / share,
+        max_evaluations=10 * solver.max_evaluations,
+    )
