@@ -241,6 +241,18 @@ def test_weights_changed_before_the_backward_pass_are_noticed():
         end.sum().backward()
 
 
+def test_a_gradient_that_leads_out_of_the_field_is_refused():
+    foreign = torch.ones(3, dtype=FLOAT64, requires_grad=True)
+
+    class Foreign(nn.Module):
+        def forward(self, x):
+            return foreign * x
+
+    flow = Flow(Coupled(Autonomous(Foreign()), Autonomous(nn.Tanh())), FixedStep(Coupling(), gradient="reversible"), 1)
+    with pytest.raises(TypeError, match=r"gradient='reversible' would lose that gradient"):
+        flow(torch.randn(2, 6, dtype=FLOAT64, requires_grad=True)).sum().backward()
+
+
 def test_a_second_derivative_is_refused():
     _, rebuilt = pair(layers(Coupling(), 2, 0.1, FLOAT64), Coupling(), 2)
     x = states(FLOAT64).requires_grad_()

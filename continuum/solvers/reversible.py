@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
 
 from continuum.fields import Field
 from continuum.schemes import Memory, ReversibleScheme
-from continuum.solvers.base import statistics_untouched
+from continuum.solvers.base import check_closed, statistics_untouched
 from continuum.solvers.replay import Gradients, Precision, RandomState, as_drawn, random_state, unless_unused
 from continuum.types import State
 
@@ -45,6 +46,8 @@ class _Run:
     # For each evaluation, in order, the state of the random numbers before it, if it drew any.
     random: list[RandomState | None] = dataclasses.field(default_factory=list)
     precision: Precision | None = None
+    closed: set[Field] = dataclasses.field(default_factory=set)
+    """The parts whose gradient is known to lead to their state and parameters alone."""
 
     def forward(self, x: State, memory: Memory) -> tuple[State, Memory]:
         device = x.device
@@ -88,6 +91,9 @@ class _Run:
             drawn = random.pop()
             with torch.enable_grad(), statistics_untouched(part), as_drawn(drawn, y.device):
                 slope = part(t, y)
+            if part not in self.closed:
+                check_closed(get_gradient_edge(slope) if slope.requires_grad else None, y, part, "gradient='reversible'")
+                self.closed.add(part)
             made.append(_Evaluation(y, slope, tuple(p for p in part.parameters() if p.requires_grad)))
             return slope.detach()
 
