@@ -119,14 +119,13 @@ def test_what_a_network_does_not_have_is_left_out_and_said(tmp_path, capsys):
     assert "Momentum: Left out" in printed
 
 
-@pytest.mark.parametrize("build", ["stochastic_depth_resnet", "hamiltonian", "continuous_resnet", "polynet"])
+@pytest.mark.parametrize("build", ["stochastic_depth_resnet", "hamiltonian", "polynet"])
 def test_other_networks_are_analysed_as_far_as_it_goes(build):
     torch.manual_seed(0)
     builders = {
         "stochastic_depth_resnet": lambda: continuum.stochastic_depth_resnet(14, width=4),
         "hamiltonian": lambda: continuum.hamiltonian(38, widths=(4, 8, 8)),
-        "continuous_resnet": lambda: continuum.continuous_resnet(3, "hat", width=4, solver="rk4"),
-        "polynet": lambda: continuum.polynet(modules=(1, 1, 1), width=4),
+        "polynet": lambda: continuum.polynet(blocks=(1, 1, 1), width=4),
     }
     network = builders[build]().eval()
     before = {name: value.clone() for name, value in network.state_dict().items()}
@@ -182,7 +181,7 @@ def test_a_training_that_was_cut_short(tmp_path, monkeypatch):
 
 
 def test_a_network_without_flows_is_refused(tmp_path, capsys):
-    checkpoint = saved(continuum.fractalnet(columns=2, blocks=1, widths=(4,)), tmp_path / "network.pt")
+    checkpoint = saved(continuum.fractalnet(columns=2, widths=(4,), dropout=(0.0,)), tmp_path / "network.pt")
     with pytest.raises(SystemExit) as stopped:
         main(["analyse", checkpoint])
     assert stopped.value.code == 2

@@ -61,7 +61,7 @@ def dynamics(network: Network, images: Images) -> list[Dynamics]:
     >>> import continuum
     >>> (found, *_) = dynamics(continuum.resnet(14, width=4), torch.randn(2, 3, 8, 8))
     >>> found.flow, len(found.steps), len(found.smoothness)
-    ('stages.0', 1, 0)
+    ('stages.0', 2, 1)
 
     Raises:
         TypeError: an adaptive solver goes through SciPy.
