@@ -23,21 +23,12 @@ from continuum.schemes import RK4, Euler, Midpoint
 from continuum.solvers import Adaptive, FixedStep, Solver, parse
 from continuum.solvers.base import evaluating
 from continuum.solvers.text import describe
+from continuum.training.callbacks import network_of
 from continuum.training.regularisers import flows_in_depth
 from continuum.weights import depth_smoothness
 
 ROUNDING = 1e-6
 """Tolerances below this are those of float32's rounding."""
-
-
-def _network(module: pl.LightningModule, callback: Callback) -> Network:
-    network = getattr(module, "network", None)
-    if not isinstance(network, Network):
-        raise TypeError(
-            f"{type(callback).__name__} needs a module whose attribute `network` is a Network; {type(module).__name__} has "
-            f"{network!r}"
-        )
-    return network
 
 
 class LogSmoothness(Callback):
@@ -72,7 +63,7 @@ class LogSmoothness(Callback):
 
     @torch.no_grad()
     def _measured(self, module: pl.LightningModule) -> dict[str, Tensor]:
-        fields = flows_in_depth(_network(module, self))
+        fields = flows_in_depth(network_of(module, self))
         return {f"flow{index}/smoothness": depth_smoothness(field, self.tau) for index, field in fields.items()}
 
 
@@ -100,20 +91,20 @@ class KeepFriction(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        if not frictions(_network(pl_module, self)):
+        if not frictions(network_of(pl_module, self)):
             raise TypeError("KeepFriction follows the k of Momentum layers, and this network has none: lm_resnet has them")
         if trainer.global_step == 0:  # a new training; if it resumes, it is told next what was kept
             self._forget()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self.epochs:
-            self._keep(_network(pl_module, self), trainer.current_epoch)
+            self._keep(network_of(pl_module, self), trainer.current_epoch)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         if trainer.is_last_batch:  # before validation, which may write a checkpoint
-            self._keep(_network(pl_module, self), trainer.current_epoch + 1)
+            self._keep(network_of(pl_module, self), trainer.current_epoch + 1)
 
     def _keep(self, network: Network, epoch: int) -> None:
         found = frictions(network)
@@ -174,13 +165,13 @@ class AdaptStep(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        network = _network(pl_module, self)
+        network = network_of(pl_module, self)
         check_adaptable(network.solver, [flow.depth for flow in network.flows])
         if trainer.global_step == 0:  # a new training; if it resumes, it is told next what it was
             self.solver, self.checked = None, 0
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        network = _network(pl_module, self)
+        network = network_of(pl_module, self)
         if self.solver is not None and parse(self.solver) != network.solver:
             pl_module.network = network.with_solver(self.solver)
 
@@ -191,7 +182,7 @@ class AdaptStep(Callback):
         if step % self.every or step == self.checked:  # several batches are one step where gradients are accumulated
             return
         self.checked = step
-        network = _network(pl_module, self)
+        network = network_of(pl_module, self)
         solver = self._next(network, trainer, *batch)
         if solver != network.solver:
             pl_module.network = network.with_solver(solver)

@@ -76,7 +76,7 @@ class Refine(Callback):
                 "Refine needs a single process: DistributedDataParallel registers the parameters of the network it is given "
                 "and would not reduce the gradients of new ones. Train with devices=1, or refine between two calls of fit"
             )
-        network = _network(pl_module)
+        network = network_of(pl_module, self)
         if network.blueprint is None:
             raise ValueError(
                 "Refine needs a network that knows its builder, or no checkpoint could say what was refined: put it together "
@@ -96,7 +96,7 @@ class Refine(Callback):
         epoch = trainer.current_epoch
         if epoch not in self.epochs or epoch in self.refined:
             return
-        network, optimizers, schedulers = _network(pl_module), trainer.optimizers, trainer.lr_scheduler_configs
+        network, optimizers, schedulers = network_of(pl_module, self), trainer.optimizers, trainer.lr_scheduler_configs
         refined = network.refine(self.factor)
         origins: dict[Tensor, Tensor] = dict(zip(_parameters(refined, 1), _parameters(network, self.factor), strict=True))
         pl_module.network = refined
@@ -118,11 +118,17 @@ class Refine(Callback):
         self.refined = list(state_dict["refined"])
 
 
-def _network(module: pl.LightningModule) -> Network:
+def network_of(module: pl.LightningModule, callback: Callback) -> Network:
+    """The network that a module trains.
+
+    Raises:
+        TypeError: it has none.
+    """
     network = getattr(module, "network", None)
     if not isinstance(network, Network):
         raise TypeError(
-            f"Refine needs a module whose attribute `network` is a Network; {type(module).__name__} has {network!r}"
+            f"{type(callback).__name__} needs a module whose attribute `network` is a Network; {type(module).__name__} has "
+            f"{network!r}"
         )
     return network
 
