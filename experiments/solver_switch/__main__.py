@@ -18,7 +18,7 @@ SAME = 1.0
 def run(experiment: Experiment, solver: str, seed: int) -> Row:
     settings = experiment.settings
     width = settings["width"]
-    network = seeded(lambda: single_flow(Flow(ODENetBranch(width), solver, depth=1), width), seed)
+    network = seeded(lambda: single_flow(Flow(ODENetBranch(width), solver, depth=settings["depth"]), width), seed)
     data = cifar10(experiment.data, settings["images"], seed)
     train(network, data, settings["epochs"], seed, settings["learning_rate"], settings["weight_decay"])
     accuracies = {}
