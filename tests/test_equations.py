@@ -9,6 +9,7 @@ from itertools import pairwise
 import pytest
 import sympy
 import torch
+from problems import FLOAT64, MATRIX, Function, tanh_layers
 from torch import nn
 
 from continuum import Autonomous, Field, PiecewiseConstant
@@ -46,7 +47,6 @@ from continuum.schemes import (
 from continuum.schemes.runge_kutta import density, rooted_trees
 from continuum.solvers import Embedded
 from continuum.weights import Expansion
-from tests.problems import FLOAT64, MATRIX, Function, tanh_layers
 
 K = sympy.Symbol("k", real=True)
 ADAMS_BASHFORTH = [AdamsBashforth(order) for order in (2, 3, 4)]

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from problems import FLOAT64, Function, tanh_layers
 from torch import nn
 
 from continuum import Autonomous, Field, Flow, PiecewiseConstant
@@ -28,7 +29,6 @@ from continuum.schemes import (
 )
 from continuum.solvers import SolveError
 from continuum.weights import Expansion
-from tests.problems import FLOAT64, Function, tanh_layers
 
 
 def states(features: int = 4, seed: int = 1) -> torch.Tensor:
