@@ -28,7 +28,7 @@ def analyse_parser() -> Parser:
 
 
 def analyse_command(arguments: list[str]) -> None:
-    """`continuum analyse`: sections are named as they are done, then written as report.html and report.json."""
+    """`continuum analyse`: sections are named as they are done or left out, then written as report.html and report.json."""
     parser = analyse_parser()
     options = parser.parse_args(arguments)
     content = read(options.checkpoint)
@@ -51,8 +51,7 @@ def analyse_command(arguments: list[str]) -> None:
     }
     sections = []
     for section in report(network.to(device), Sample(images.to(device), labels.to(device)), content):
-        first, _, _ = section.summary.partition(". ")
-        print(f"{section.title}: {first}", flush=True)
+        print(f"{section.title}: {'done' if section.rows else section.summary}", flush=True)
         sections.append(section)
     out = Path(options.out) if options.out else Path(options.checkpoint).parent / "analyse"
     write_html(facts, sections, out / "report.html")
