@@ -98,7 +98,7 @@ class Expansion(Field):
 
     def forward(self, t: Time, x: State) -> State:
         terms = self.basis(float(t.detach() if isinstance(t, Tensor) else t))
-        tensors = {name: _combined(parameter, terms) for name, parameter in self.field.named_parameters()}
+        tensors = {name: combined(parameter, terms) for name, parameter in self.field.named_parameters()}
         training: list[tuple[_BatchNorm, list[Tensor]]] = []
         for name in self.norms:
             norm = cast(_BatchNorm, self.field.get_submodule(name))
@@ -108,7 +108,7 @@ class Expansion(Field):
                 values = [torch.zeros_like(tensor[0]) for tensor in stacked]
                 training.append((norm, values))
             else:
-                values = [_combined(tensor, terms) for tensor in stacked[:2]]
+                values = [combined(tensor, terms) for tensor in stacked[:2]]
             tensors.update({f"{name}.{attribute}": value for attribute, value in zip(STATISTICS, values, strict=False)})
         slope = functional_call(self.field, tensors, (t, x))
         for norm, seen in training:
@@ -169,7 +169,7 @@ def _constant(tensor: Tensor, basis: Basis) -> Tensor:
     return torch.cat([tensor[None], tensor.new_zeros(basis.size - 1, *tensor.shape)])
 
 
-def _combined(stacked: Tensor, terms: Terms) -> Tensor:
+def combined(stacked: Tensor, terms: Terms) -> Tensor:
     """sum_k phi_k theta_k; the coefficient itself where it is alone with the value one."""
     (first, value), *rest = terms
     total = stacked[first] if value == 1.0 else value * stacked[first]
@@ -296,9 +296,9 @@ def depth_smoothness(field: PiecewiseConstant | Expansion, tau: float = 1.0) -> 
     if not tau >= 0:
         raise ValueError(f"tau weighs |theta(0)|^2 and is not negative; got {tau}")
     if isinstance(field, PiecewiseConstant):
-        basis, thetas = Box(len(field.layers), len(field.layers)), _stacked([_weights_of(layer) for layer in field.layers])
+        basis, thetas = Box(len(field.layers), len(field.layers)), _stacked([weights_of(layer) for layer in field.layers])
     elif isinstance(field, Expansion):
-        basis, thetas = field.basis, list(_weights_of(field.field).values())
+        basis, thetas = field.basis, list(weights_of(field.field).values())
     else:
         raise TypeError(
             f"the weights of a {type(field).__name__} are not a function of depth: only PiecewiseConstant layers and an "
@@ -306,12 +306,12 @@ def depth_smoothness(field: PiecewiseConstant | Expansion, tau: float = 1.0) -> 
         )
     total = torch.zeros(())
     for theta in thetas:
-        energy = _derivative_energy(basis, theta) + tau * _combined(theta, basis(0.0)).square().sum()
+        energy = _derivative_energy(basis, theta) + tau * combined(theta, basis(0.0)).square().sum()
         total = total.to(energy) + energy
     return total
 
 
-def _weights_of(layer: nn.Module) -> dict[str, Tensor]:
+def weights_of(layer: nn.Module) -> dict[str, Tensor]:
     """The parameters that are theta: without the k of `Momentum`, and by names that `Momentum` and `Scaled` do not change."""
     while isinstance(layer, Momentum | Scaled):
         layer = layer.field

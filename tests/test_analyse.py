@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import continuum
-from continuum.analysis import convergence, gradients
+from continuum.analysis import convergence
 from continuum.analysis.page import write_html, write_json
 from continuum.analysis.report import Sample, Section, entered, momentum_section, report
 from continuum.cli import main
@@ -73,7 +73,6 @@ def _quick():
     """References that are not too dear where the fields have kinks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(convergence, "TOLERANCES", (1e-4,))
-        patch.setattr(gradients, "TOLERANCES", (1e-4,))
         yield
 
 

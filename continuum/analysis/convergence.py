@@ -14,7 +14,7 @@ from continuum.flow import Flow
 from continuum.schemes import Euler, Scheme
 from continuum.solvers import Adaptive, FixedStep, SolveError
 from continuum.types import State, Time
-from continuum.weights import STATISTICS, Expansion, PiecewiseConstant
+from continuum.weights import STATISTICS, Expansion, PiecewiseConstant, combined
 
 TOLERANCES = (1e-6, 1e-8, 1e-10)
 """Of references, each tighter than the one before as long as it is affordable."""
@@ -205,19 +205,18 @@ def _with_weights(field: Expansion, t: float) -> Field:
     """The expanded field with the weights, and running statistics, that it has at depth t; tied parameters stay tied."""
     layer, terms = copy.deepcopy(field.field), field.basis(t)
 
-    def combined(stacked: Tensor) -> Tensor:
-        total = sum((value * stacked[k].detach() for k, value in terms), torch.zeros_like(stacked[0], requires_grad=False))
-        return cast(Tensor, total).to(stacked.dtype)
+    def at_depth(stacked: Tensor) -> Tensor:
+        return combined(stacked.detach(), terms).to(stacked.dtype).clone()  # not a view of the coefficients
 
     made: dict[nn.Parameter, nn.Parameter] = {}
     for module in layer.modules():
         for name, stacked in list(module.named_parameters(recurse=False)):
-            made.setdefault(stacked, nn.Parameter(combined(stacked), stacked.requires_grad))
+            made.setdefault(stacked, nn.Parameter(at_depth(stacked), stacked.requires_grad))
             setattr(module, name, made[stacked])
     for norm in field.norms:
         module = layer.get_submodule(norm)
         for name in STATISTICS:
-            setattr(module, name, combined(cast(Tensor, getattr(module, name))))
+            setattr(module, name, at_depth(cast(Tensor, getattr(module, name))))
     return layer
 
 
@@ -234,18 +233,29 @@ def copied(field: F) -> F:
 
 def _reference(field: Field, x: State, depth: float) -> Reference:
     """x(depth) at the tightest tolerance that is affordable."""
-    found: Reference | None = None
-    budget = math.ceil(EVALUATIONS * max(1.0, depth))
+    return tightest(Flow(field, Adaptive("dopri8"), depth), x)[1]
+
+
+@torch.no_grad()
+def tightest(flow: Flow, x: State) -> tuple[Adaptive, Reference]:
+    """dopri8 at the tightest tolerance that is affordable on `flow`, and where it leads.
+
+    Raises:
+        SolveError: it is too dear even at the loosest of `TOLERANCES`.
+    """
+    found: tuple[Adaptive, Reference] | None = None
+    budget = math.ceil(EVALUATIONS * max(1.0, flow.depth))
     for tolerance in TOLERANCES:
-        flow = Flow(field, Adaptive("dopri8", tolerance, tolerance, max_evaluations=budget), depth)
+        solver = Adaptive("dopri8", tolerance, tolerance, max_evaluations=budget)
+        solved = flow.with_solver(solver)
         try:
-            found = Reference(flow(x), tolerance)
+            found = solver, Reference(solved(x), tolerance)
         except SolveError:
             if found is None:
                 raise
             break
         # Kinks make the next tolerance about five times as dear, and to run out of the budget is dear as well.
-        if flow.cost is None or 5 * flow.cost.evaluations > budget:
+        if solved.cost is None or 5 * solved.cost.evaluations > budget:
             break
     assert found is not None
     return found

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from continuum.fields import Field, Momentum, Scaled
@@ -20,7 +20,7 @@ from continuum.models import Network
 from continuum.schemes.base import inside
 from continuum.solvers import Adaptive, FixedStep
 from continuum.types import Images, State
-from continuum.weights import Expansion, PiecewiseConstant
+from continuum.weights import Expansion, PiecewiseConstant, combined, weights_of
 
 ITERATIONS = 100
 """The most steps of the power iteration, three solves each."""
@@ -69,16 +69,7 @@ def dynamics(network: Network, images: Images) -> list[Dynamics]:
     """
     network = copy.deepcopy(network).double().eval().requires_grad_(False)
     network = network.drift() if network.stochastic else network
-    entering: dict[nn.Module, tuple[State, State | None]] = {}
-    hooks = [
-        flow.register_forward_pre_hook(
-            lambda flow, inputs: entering.update({flow: (inputs[0], inputs[1] if len(inputs) > 1 else None)})
-        )
-        for flow in network.flows
-    ]
-    network(images.double())
-    for hook in hooks:
-        hook.remove()
+    entering = network.entering(images.double())
     found: list[Dynamics] = []
     for index, stage in enumerate(network.stages):
         if isinstance(stage, Flow):
@@ -155,26 +146,15 @@ def _thetas(field: Field, depth: float) -> Sequence[Tensor]:
         case Scaled() | Momentum():
             return _thetas(field.field, depth)
         case PiecewiseConstant():
-            layers = [_weights_of(layer) for layer in field.layers]
+            layers = [weights_of(layer) for layer in field.layers]
             kinds = {tuple((name, tensor.shape) for name, tensor in layer.items()) for layer in layers}
             return [_vector(list(layer.values())) for layer in layers] if len(kinds) == 1 and layers[0] else []
         case Expansion():
             coefficients, size = list(field.field.parameters()), field.basis.size
             depths = [i * field.basis.depth / (size - 1) for i in range(size)] if size > 1 and coefficients else []
-            return [_vector([_at(field, t, theta) for theta in coefficients]) for t in depths]
+            return [_vector([combined(theta, field.basis(t)) for theta in coefficients]) for t in depths]
         case _:
             return []
-
-
-def _weights_of(layer: nn.Module) -> dict[str, Tensor]:
-    """The parameters of a layer, without the k of `Momentum`, which belongs to the scheme."""
-    while isinstance(layer, Momentum | Scaled):
-        layer = layer.field
-    return dict(layer.named_parameters())
-
-
-def _at(field: Expansion, t: float, theta: Tensor) -> Tensor:
-    return torch.stack([value * theta[k] for k, value in field.basis(t)]).sum(0)
 
 
 def _vector(tensors: Sequence[Tensor]) -> Tensor:

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from continuum.analysis.convergence import EVALUATIONS, TOLERANCES
+from continuum.analysis.convergence import tightest
 from continuum.analysis.memory import peak_memory
 from continuum.fields import Coupled, Field, Momentum, Scaled
 from continuum.fields.fractal import TwoColumns
@@ -147,22 +147,12 @@ def _exact(flow: Flow, x: State, weights: Tensor) -> Tensor | None:
 
     The steps are taken again on the way back: the direct gradient, without the graphs of hundreds of evaluations.
     """
-    double = copy.deepcopy(flow).double()
-    budget = math.ceil(EVALUATIONS * max(1.0, flow.depth))
-    affordable: Flow | None = None
-    for tolerance in TOLERANCES:
-        solver = Adaptive("dopri8", tolerance, tolerance, gradient="checkpoint", max_evaluations=budget)
-        tighter = double.with_solver(solver)
-        try:
-            with torch.no_grad():
-                tighter(x.double())
-        except SolveError:
-            break
-        affordable = tighter
-        # Kinks make the next tolerance about five times as dear, and to run out of the budget is dear as well.
-        if tighter.cost is None or 5 * tighter.cost.evaluations > budget:
-            break
-    return None if affordable is None else _unless_it_fails(affordable, x.double(), weights)
+    double, x = copy.deepcopy(flow).double(), x.double()
+    try:
+        solver, _ = tightest(double, x)
+    except SolveError:
+        return None
+    return _unless_it_fails(double.with_solver(replace(solver, gradient="checkpoint")), x, weights)
 
 
 def _direct(solver: Solver) -> Solver:

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from continuum.analysis.convergence import Convergence, deep_limit, reference_end, scheme_errors
@@ -25,7 +24,6 @@ from continuum.flow import Flow
 from continuum.models import Network
 from continuum.schemes import RK4, Euler, Midpoint, Scheme
 from continuum.solvers import FixedStep, SolveError, Solver, parse
-from continuum.solvers.base import evaluating
 from continuum.types import Images, State
 from continuum.weights import Expansion, PiecewiseConstant
 
@@ -88,26 +86,10 @@ def report(network: Network, sample: Sample, content: Mapping[str, Any]) -> Iter
             yield Section(title, f"Left out: {error}")
 
 
-@torch.no_grad()
 def entered(network: Network, images: Images) -> list[Entry]:
     """What reaches every flow when these images pass the network in evaluation mode."""
-    found: list[Entry] = []
     names = {flow: name for name, flow in network.named_modules() if isinstance(flow, Flow)}
-
-    def note(flow: torch.nn.Module, inputs: tuple[State | None, ...]) -> None:
-        assert isinstance(flow, Flow)
-        x, memory = (*inputs, None)[:2]
-        assert isinstance(x, Tensor)
-        found.append(Entry(names[flow], flow, x, memory))
-
-    hooks = [flow.register_forward_pre_hook(note) for flow in network.flows]
-    try:
-        with evaluating(network):
-            network(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
+    return [Entry(names[flow], flow, x, memory) for flow, (x, memory) in network.entering(images).items()]
 
 
 def _flows(entries: Sequence[Entry]) -> Section:

@@ -181,18 +181,23 @@ class Network(nn.Module):
         Raises:
             TypeError: no flow has an adaptive solver, or one goes through SciPy.
         """
-        adaptive = [flow for flow in self.flows if isinstance(flow.solver, Adaptive)]
-        if not adaptive:
+        if not any(isinstance(flow.solver, Adaptive) for flow in self.flows):
             raise TypeError("no flow of this network has an adaptive solver whose steps could be frozen")
-        states: dict[Flow, State] = {}
-        hooks = [flow.register_forward_pre_hook(lambda flow, inputs: states.update({flow: inputs[0]})) for flow in adaptive]
+        states = self.entering(images)
+        return self._with_flows(lambda flow: flow.frozen(states[flow][0]) if isinstance(flow.solver, Adaptive) else flow)
+
+    @torch.no_grad()
+    def entering(self, images: Images) -> dict[Flow, tuple[State, State | None]]:
+        """The state that reaches each flow when `images` pass in evaluation mode, and the one before it where it is known."""
+        states: dict[Flow, tuple[State, State | None]] = {}
+        hooks = [flow.register_forward_pre_hook(lambda flow, inputs: states.update({flow: inputs})) for flow in self.flows]
         try:
             with evaluating(self):
                 self(images)
         finally:
             for hook in hooks:
                 hook.remove()
-        return self._with_flows(lambda flow: flow.frozen(states[flow]) if flow in states else flow)
+        return states
 
     def compile(self) -> None:
         """Compile this network in place: its class, state dict and results (to rounding) stay.
