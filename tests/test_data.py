@@ -13,8 +13,8 @@ from torch import Tensor
 from torchvision import datasets
 
 from continuum.training import CIFAR10, MNIST, Digits, ImageData, ImageFolder
-from continuum.training.data import KeyedBatches
-from continuum.training.images import DataError, augmented, keyed_generator
+from continuum.training.batches import KeyedBatches
+from continuum.training.images import DataError, augmented, decoded, keyed_generator
 
 
 def ready(data: ImageData) -> Any:
@@ -333,6 +333,71 @@ def test_a_damaged_image_is_named(folder: str, damage: Callable[[Path], object],
         epoch(ready(ImageFolder(folder, memory_limit=limit, workers=0, validation=0)), 0)
 
 
+@pytest.mark.parametrize("limit", [2**31, 0])
+def test_all_damaged_images_are_named_at_once(folder: str, limit: int) -> None:
+    """Of both parts where they are read into memory, and in one line also out of a worker process."""
+    damaged = ["train/cat/2.png", "train/dog/0.png"] + (["test/dog/0.png"] if limit else [])
+    for name in damaged:
+        (Path(folder) / name).write_text("no")
+    with pytest.raises(DataError) as caught:
+        epoch(ready(ImageFolder(folder, memory_limit=limit, workers=1, validation=0)), 0)
+    assert all(f"{name} is not a readable image" in str(caught.value) for name in damaged)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_files_that_are_no_images_by_name_are_left_out_and_counted(folder: str, caplog: pytest.LogCaptureFixture) -> None:
+    expected = len(ready(ImageFolder(folder)).train_images)
+    for name in ("train/cat/notes.txt", "train/dog/Thumbs.db", "train/dog/.DS_Store"):
+        (Path(folder) / name).write_text("no image")
+    (Path(folder) / "train" / "dog" / "more").mkdir()
+    (Path(folder) / "train" / ".cache").mkdir()
+    with caplog.at_level("INFO", "pytorch_lightning"):
+        data = ready(ImageFolder(folder))
+    assert len(data.train_images) == expected
+    assert data.classes == ["cat", "dog"]
+    (line,) = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert "3 left out" in line
+    assert "cat/notes.txt" in line
+
+
+RAMP = torch.linspace(0, 65535, 64).reshape(8, 8).round().to(torch.int32).numpy()
+
+
+@pytest.mark.parametrize("kind", ["png", "tif", "big-endian tif", "pgm", "jp2"])
+def test_images_of_16_bits_keep_their_levels(tmp_path: Path, kind: str) -> None:
+    """Pillow's own conversion makes white of all but the darkest 255 levels."""
+    numbers = {"big-endian tif": ">u2", "pgm": "i4"}.get(kind, "<u2")
+    path = tmp_path / f"ramp.{kind[-3:]}"
+    Image.fromarray(RAMP.astype(numbers)).save(path)
+    expected = (torch.from_numpy(RAMP) / 257).round().to(torch.uint8).expand(3, 8, 8)
+    assert torch.equal(decoded(path, None), expected)
+
+
+@pytest.mark.parametrize("numbers", ["i4", "f4"])
+def test_numbers_without_a_range_are_refused(tmp_path: Path, numbers: str) -> None:
+    Image.fromarray(RAMP.astype(numbers)).save(tmp_path / "ramp.tif")
+    with pytest.raises(DataError, match=r"ramp\.tif .* save them in 8 bits"):
+        decoded(tmp_path / "ramp.tif", None)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK", "YCbCr"])
+def test_every_mode_becomes_the_colours_that_it_shows(tmp_path: Path, mode: str) -> None:
+    grey = Image.fromarray((RAMP >> 8).astype("u1"))
+    image = Image.merge("RGB", [grey, grey.transpose(Image.Transpose.ROTATE_90), grey]).convert(mode)
+    image.save(tmp_path / "image.tif")
+    expected = torch.tensor([image.convert("RGB").getpixel((x, y)) for y in range(8) for x in range(8)])
+    assert torch.equal(decoded(tmp_path / "image.tif", None).flatten(1).T, expected.to(torch.uint8))
+
+
+def test_transparent_pixels_show_black_whatever_colour_they_hide(tmp_path: Path) -> None:
+    image = Image.new("RGBA", (2, 1), (200, 100, 50, 255))
+    image.putpixel((1, 0), (255, 255, 255, 0))
+    image.save(tmp_path / "image.png")
+    Image.new("L", (1, 1), 7).save(tmp_path / "hole.png", transparency=7)
+    assert decoded(tmp_path / "image.png", None)[:, 0].T.tolist() == [[200, 100, 50], [0, 0, 0]]
+    assert decoded(tmp_path / "hole.png", None).flatten().tolist() == [0, 0, 0]
+
+
 # Downloads and arguments
 
 
@@ -489,6 +554,24 @@ def test_a_trainer_trains_on_the_batches_of_each_epoch() -> None:
     trainer.fit(Watch(64), Digits(train_size=300))
     alone = ready(Digits(train_size=300))
     assert seen == [(number, labels.tolist()) for number in range(3) for _, labels, _ in epoch(alone, number)]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-true", "bf16-mixed"])
+def test_images_have_the_type_of_the_weights(precision: Any) -> None:
+    trainer = pl.Trainer(
+        max_steps=2, accelerator="cpu", precision=precision, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    module, data = Linear(64), Digits(train_size=64)
+    trainer.fit(module, data)
+    (images, _), weight = next(data.test_batches(8)), module.layer.weight
+    assert images.dtype == weight.dtype
+    assert weight.dtype == {"64-true": torch.float64, "bf16-true": torch.bfloat16}.get(precision, torch.float32)
+    if precision == "64-true":
+        mean, std = (s.double().view(1, 1, 1, 1) for s in (data.mean, data.std))
+        pixels = next(iter(data.test_dataloader()))[0]
+        expected = (pixels.double() / 255 - mean) / std
+        torch.testing.assert_close(data.on_after_batch_transfer((pixels, torch.zeros(1), -1), 0)[0], expected)
 
 
 def test_overfit_batches_is_refused() -> None:

@@ -12,10 +12,10 @@ from typing import Any, ClassVar, Literal, get_args
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
-from torch.utils.data import DataLoader
-from torch.utils.data.distributed import DistributedSampler
 
+from continuum.training.batches import BatchLoader, KeyedBatches, Loader
 from continuum.training.images import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -24,80 +24,10 @@ from continuum.training.images import (
     LabelledImages,
     OnDisk,
     RawBatch,
-    Request,
     augmented,
-    decoded,
+    is_image,
     keyed_generator,
 )
-
-Loader = DataLoader[Any]
-
-
-class KeyedBatches(DistributedSampler[Any]):
-    """Whole batches of indices with their augmentation keys, for this rank.
-
-    A `DistributedSampler`, so that Lightning leaves it in place. Epoch and position come from the trainer when there is one,
-    and an epoch that was cut short goes on at the batch after the last one trained on. Training drops no image: a last batch of
-    a single one, on which BatchNorm cannot train, joins the batch before it.
-    """
-
-    def __init__(self, indices: Tensor, batch_size: int, seed: int, shuffle: bool, trainer: pl.Trainer | None) -> None:
-        self.indices, self.batch_size, self.seed, self.shuffle, self.trainer = indices, batch_size, seed, shuffle, trainer
-        self.rank = trainer.global_rank if trainer else 0
-        self.num_replicas = trainer.world_size if trainer else 1
-        self.epoch = 0
-
-    def batches(self, epoch: int) -> list[Tensor]:
-        """The index batches of an epoch; under several ranks, all have equally many."""
-        indices = self.indices
-        if self.shuffle:
-            indices = indices[torch.randperm(len(indices), generator=keyed_generator(self.seed, "order", epoch))]
-        if self.num_replicas > 1:
-            share = -(-len(indices) // self.num_replicas)
-            if self.shuffle:  # every rank trains on equally many images: the first few serve twice
-                indices = torch.cat([indices, indices[: share * self.num_replicas - len(indices)]])
-            indices = indices[self.rank :: self.num_replicas]
-        batches = list(indices.split(self.batch_size)) if len(indices) else []  # split makes one empty batch of nothing
-        if self.shuffle and len(batches) > 1 and len(batches[-1]) == 1:
-            batches[-2:] = [torch.cat(batches[-2:])]
-        return batches
-
-    def __iter__(self) -> Iterator[Request]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        epoch, start = self.epoch, 0
-        batches = None
-        if self.shuffle and self.trainer is not None:
-            epoch = self.trainer.current_epoch
-            batches = self.batches(epoch)
-            progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
-            start = progress.processed
-            start = 0 if start >= len(batches) else start
-        batches = self.batches(epoch) if batches is None else batches
-        for number in range(start, len(batches)):
-            yield batches[number], self.key(epoch, number)
-
-    def key(self, epoch: int, number: int) -> int:
-        if not self.shuffle:
-            return -1
-        return int(torch.randint(2**62, (), generator=keyed_generator(self.seed, "batch", epoch, number, self.rank)))
-
-    def __len__(self) -> int:
-        return len(self.batches(0))
-
-
-class BatchLoader(DataLoader[Any]):
-    """Loads what `KeyedBatches` asks for. It has no state: position and epoch are the trainer's, which restores them."""
-
-    def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        # A generator, which starts at the first batch: worker processes would ask for batches at once, and when it resumes,
-        # Lightning makes its iterator before it restores the epoch.
-        yield from super().__iter__()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Tell Lightning that this loader resumes in the middle of an epoch."""
-
 
 Normalisation = Literal["training", "imagenet"]
 
@@ -105,7 +35,8 @@ Normalisation = Literal["training", "imagenet"]
 class ImageData(pl.LightningDataModule, ABC):
     """A labelled set of images with a seeded validation split of its training part.
 
-    Batches arrive as images, (batch, channels, height, width) in float32, normalised per channel, and labels in int64.
+    Batches arrive as images, (batch, channels, height, width), normalised per channel, and labels in int64. The images are in
+    float32, or in the type of the weights that Lightning trains, as under precision="64-true".
     After `setup`: `classes`, `num_classes`, `shape` of an image, and the `mean` and `std` of the normalisation.
 
     Args:
@@ -168,8 +99,16 @@ class ImageData(pl.LightningDataModule, ABC):
     def setup(self, stage: str | None = None) -> None:
         if self.train_images is not None:
             return
-        self.test_images = self.load(train=False)
-        train = self.load(train=True)
+        found: list[LabelledImages] = []
+        faults: list[str] = []
+        for part in (False, True):
+            try:
+                found.append(self.load(train=part))
+            except DataError as error:  # so that the faults of both parts are known at once
+                faults.append(str(error))
+        if faults:
+            raise DataError("; ".join(dict.fromkeys(faults)))
+        self.test_images, train = found
         if isinstance(train, InMemory) and self.normalisation == "training":
             self.mean, self.std = train.statistics()
         else:
@@ -223,9 +162,16 @@ class ImageData(pl.LightningDataModule, ABC):
         images, labels, key = batch
         if key >= 0:
             images = augmented(images, self.crop, self.flip, keyed_generator(key))
-        shape = (1, -1, 1, 1)
-        mean, std = (255 * s.to(images.device, torch.float32).view(shape) for s in (self.mean, self.std))
-        return (images.float() - mean) / std, labels
+        weights = self._dtype()
+        dtype = torch.promote_types(weights, torch.float32)
+        mean, std = (255 * s.to(images.device, dtype).view(1, -1, 1, 1) for s in (self.mean, self.std))
+        return ((images.to(dtype) - mean) / std).to(weights), labels
+
+    def _dtype(self) -> torch.dtype:
+        """The floating-point type of the weights that a trainer trains, as of precision="64-true"; float32 without one."""
+        module = getattr(self.trainer, "lightning_module", None)
+        types = (parameter.dtype for parameter in module.parameters()) if module is not None else ()
+        return next((dtype for dtype in types if dtype.is_floating_point), torch.float32)
 
 
 class Digits(ImageData):
@@ -329,6 +275,9 @@ class CIFAR100(TorchvisionData):
 class ImageFolder(ImageData):
     """A folder with train/<class>/ and test/<class>/ of images (JPEG, PNG and whatever else Pillow reads).
 
+    Images arrive with three channels. 16-bit grey is rounded to 8 bits, and transparent pixels show black. Files that are no
+    images by their names (notes.txt, Thumbs.db) are left out and counted in one line.
+
     Args:
         root: the folder.
         size: scale the shorter side to so many pixels and crop the centre; None for images of one size.
@@ -343,8 +292,9 @@ class ImageFolder(ImageData):
         normalisation: by the statistics of the "training" images, or of "imagenet", which networks from elsewhere expect.
 
     Raises:
-        FileNotFoundError: train/ or test/ is missing, or empty.
-        DataError: their classes differ, sizes differ without `size`, or a file is no image.
+        FileNotFoundError: train/ or test/ is missing, or holds no image.
+        DataError: their classes differ, sizes differ without `size`, or images cannot be read: all that are met in memory,
+            and where images stay on disk, all of the part, as soon as one of them is asked for.
     """
 
     usual_crop = 4
@@ -381,7 +331,11 @@ class ImageFolder(ImageData):
 
     def _class_folders(self, part: str) -> list[str]:
         folder = Path(self.root) / part
-        names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
+        names = (
+            sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != ".")
+            if folder.is_dir()
+            else []
+        )
         if not names:
             raise FileNotFoundError(
                 f"no class folders in {folder.resolve()}: ImageFolder reads <root>/train/<class>/ and <root>/test/<class>/; "
@@ -393,13 +347,16 @@ class ImageFolder(ImageData):
         self.prepare_data()
         part = "train" if train else "test"
         self.classes = self._class_folders(part)
-        paths, labels = [], []
-        for label, name in enumerate(self.classes):
-            files = sorted(path for path in (Path(self.root) / part / name).iterdir() if not path.name.startswith("."))
-            paths += files
-            labels += [label] * len(files)
+        folder = Path(self.root) / part
+        files = [path for name in self.classes for path in sorted((folder / name).iterdir()) if path.name[0] != "."]
+        paths = [path for path in files if is_image(path)]
+        if others := [str(path.relative_to(folder)) for path in sorted(set(files).difference(paths))]:
+            more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+            rank_zero_info(f"{len(others)} left out in {folder}, no images by their names: {', '.join(others[:3])}{more}")
         if not paths:
-            raise FileNotFoundError(f"the class folders in {(Path(self.root) / part).resolve()} are empty")
-        images = OnDisk(paths, torch.tensor(labels), self.size)
-        bytes_needed = len(paths) * decoded(paths[0], self.size).numel()
+            raise FileNotFoundError(f"the class folders in {folder.resolve()} hold no file that is an image by its name")
+        number = {name: label for label, name in enumerate(self.classes)}
+        labels = torch.tensor([number[path.parent.name] for path in paths])
+        images = OnDisk(paths, labels, self.size, [str(path.relative_to(self.root)) for path in paths])
+        bytes_needed = len(paths) * images.images(torch.tensor([0])).numel()
         return images.in_memory() if bytes_needed <= self.memory_limit else images

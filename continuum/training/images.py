@@ -2,13 +2,14 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -40,10 +41,14 @@ class LabelledImages(Dataset[Any], ABC):
     """Images with labels, served in whole batches: `dataset[indices, key]` gives (images, labels, key)."""
 
     labels: Tensor
+    """The class of each image, (images,) in int64."""
+
+    names: Sequence[str] = ()
+    """The file of each image, where there are files; otherwise its number is all there is."""
 
     @abstractmethod
     def images(self, indices: Tensor) -> Tensor:
-        """The images at `indices`, (batch, channels, height, width) in uint8."""
+        """Return the images at `indices`, (batch, channels, height, width) in uint8."""
 
     def __getitem__(self, request: Request) -> RawBatch:
         indices, key = request
@@ -56,8 +61,8 @@ class LabelledImages(Dataset[Any], ABC):
 class InMemory(LabelledImages):
     """All images in one tensor."""
 
-    def __init__(self, pixels: Tensor, labels: Tensor) -> None:
-        self.pixels, self.labels = pixels, labels
+    def __init__(self, pixels: Tensor, labels: Tensor, names: Sequence[str] = ()) -> None:
+        self.pixels, self.labels, self.names = pixels, labels, names
 
     def images(self, indices: Tensor) -> Tensor:
         return self.pixels[indices]
@@ -72,30 +77,61 @@ class InMemory(LabelledImages):
 
 
 class OnDisk(LabelledImages):
-    """Images decoded when they are asked for; with `size`, scaled and cropped at the centre to size x size."""
+    """Images decoded when they are asked for; with `size`, scaled and cropped at the centre to size x size.
 
-    def __init__(self, paths: Sequence[Path], labels: Tensor, size: int | None) -> None:
-        self.paths, self.labels, self.size = list(paths), labels, size
+    Raises:
+        DataError: when they are asked for, files that are damaged: all of the set, so that they can be mended at once.
+    """
+
+    def __init__(self, paths: Sequence[Path], labels: Tensor, size: int | None, names: Sequence[str] = ()) -> None:
+        self.paths, self.labels, self.size, self.names = list(paths), labels, size, names
 
     def images(self, indices: Tensor) -> Tensor:
-        return stacked([(self.paths[i], decoded(self.paths[i], self.size)) for i in indices.tolist()])
+        return self._stacked([self.paths[i] for i in indices.tolist()], map)
 
     def in_memory(self) -> InMemory:
         with ThreadPoolExecutor(8) as pool:
-            images = pool.map(lambda path: (path, decoded(path, self.size)), self.paths)
-            return InMemory(stacked(list(images)), self.labels)
+            return InMemory(self._stacked(self.paths, pool.map), self.labels, self.names)
+
+    def _stacked(self, paths: Sequence[Path], run: Callable[..., Iterable[Tensor]]) -> Tensor:
+        try:
+            images = list(run(partial(decoded, size=self.size), paths))
+        except DataError:
+            raise DataError("; ".join(faults(self.paths))) from None
+        return stacked(list(zip(paths, images, strict=True)))
+
+
+def is_image(path: Path) -> bool:
+    """Return whether `path` is a file whose suffix is one of those that Pillow reads."""
+    return Image.registered_extensions().get(path.suffix.lower()) in Image.OPEN and path.is_file()
+
+
+def faults(paths: Sequence[Path]) -> list[str]:
+    """Return what is wrong with each of the files that cannot be decoded."""
+
+    def fault(path: Path) -> str | None:
+        try:
+            decoded(path, None)
+        except DataError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(8) as pool:
+        return [found for found in pool.map(fault, paths) if found]
 
 
 def decoded(path: Path, size: int | None) -> Tensor:
-    """The image at `path` in RGB, (3, height, width) in uint8.
+    """Return the image at `path` in RGB, (3, height, width) in uint8; with `size`, scaled and cropped to size x size.
+
+    16-bit grey is rounded to 8 bits, and transparent pixels show black, as the edge of a shifted image does.
 
     Raises:
-        DataError: no readable image.
+        DataError: no readable image, or one whose numbers have no range from black to white.
     """
     try:
-        with Image.open(path) as image:
-            image = image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        with Image.open(path) as opened:
+            image = in_rgb(opened)
+    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise DataError(f"{path} is not a readable image ({error}): remove or replace it") from None
     if size is not None:
         scale = size / min(image.size)
@@ -104,6 +140,24 @@ def decoded(path: Path, size: int | None) -> Tensor:
         image = image.crop((left, top, left + size, top + size))
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return pixels.view(image.height, image.width, 3).permute(2, 0, 1)
+
+
+def in_rgb(image: Image.Image) -> Image.Image:
+    """Return an image of any of Pillow's modes in RGB of 8 bits.
+
+    Raises:
+        ValueError: 32-bit numbers, other integers than of 16 bits, or colours that Pillow does not convert.
+    """
+    bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]  # a TIFF's BitsPerSample
+    sixteen = (image.mode.startswith("I;16") and bits == 16) or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if sixteen:  # Pillow itself would clip at 255
+        image = image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
+    elif image.mode[0] in "IF":
+        raise ValueError(f"pixels of mode {image.mode!r}, whose range from black to white is not known: save them in 8 bits")
+    elif image.mode[-1] in "aA" or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
+    return image.convert("RGB")
 
 
 def stacked(images: Sequence[tuple[Path, Tensor]]) -> Tensor:
