@@ -28,8 +28,7 @@ from continuum import Flow
 from continuum.analysis.figures import Panel
 from continuum.analysis.plots import draw
 from continuum.files import whole_file
-from continuum.models.parts import PooledHead
-from continuum.models.zoo.continuous import mnist_stem
+from continuum.models.parts import MNISTStem, PooledHead
 from continuum.training import CIFAR10, Classifier, ImageData, ImageFolder, OneCycle
 from continuum.training.classifier import Schedule
 
@@ -200,4 +199,4 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 
 def single_flow(flow: Flow, width: int, num_classes: int = 10) -> continuum.Network:
     """A network of one flow between a stem, which takes images of three colours to a quarter of their size, and a head."""
-    return continuum.Network(mnist_stem(3, width), [flow], PooledHead(nn.BatchNorm2d(width), width, num_classes))
+    return continuum.Network(MNISTStem(3, width), [flow], PooledHead(nn.BatchNorm2d(width), width, num_classes))

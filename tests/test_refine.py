@@ -9,7 +9,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from problems import FLOAT64, tanh_layers
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from torch import nn
 
 import continuum
@@ -457,6 +457,17 @@ def test_what_cannot_be_refined_is_refused_before_training(tmp_path: Path, monke
     monkeypatch.setattr(pl.Trainer, "world_size", 2)
     with pytest.raises(RuntimeError, match=r"DistributedDataParallel.*devices=1"):
         fit(tmp_path, [Refine([3])])
+
+
+@pytest.mark.parametrize("average", [EMAWeightAveraging(), WeightAveraging(), StochasticWeightAveraging(0.01)])
+def test_callbacks_that_average_weights_are_refused_before_training(tmp_path: Path, average: pl.Callback) -> None:
+    """By number and order, so that weights which appear later have no place; also those that a checkpoint brings."""
+    with pytest.raises(RuntimeError, match=f"Refine .* {type(average).__name__}"):
+        fit(tmp_path, [average, Refine([1])])
+    keep = ModelCheckpoint(tmp_path, "last", enable_version_counter=False)
+    fit(tmp_path, [Refine([1]), keep])
+    with pytest.raises(CheckpointError, match=type(average).__name__):
+        fit(tmp_path, [average], resume=tmp_path / "last.ckpt")
 
 
 def test_the_command_line_builds_it() -> None:

@@ -1,21 +1,26 @@
 """Training: two runs agree, a resumed run is the uninterrupted one, and a failed step leaves everything as it was."""
 
+import csv
+import itertools
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
+from PIL import Image
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.strategies import DDPStrategy
 
 import continuum
 from continuum.models.checkpoint import KEY, description
 from continuum.models.failure import find_failure
-from continuum.training import Classifier, Digits, LogCost, OneCycle, Schedule, Steps, WritePredictions
+from continuum.training import Classifier, Digits, ImageFolder, LogCost, OneCycle, Schedule, Steps, WritePredictions
+from continuum.training.images import DataError
 
 
 def small_network(solver: str = "euler") -> continuum.Network:
@@ -258,10 +263,51 @@ def test_predictions_are_written(tmp_path: Path) -> None:
     )
     trainer.predict(Classifier(small_network()), Digits())
     lines = (tmp_path / "predictions.csv").read_text().splitlines()
-    assert lines[0].startswith("image,class,p(0),p(1)")
+    assert lines[0].startswith("image,label,class,p(0),p(1)")
     assert len(lines) == 1 + 359
-    probabilities = [float(p) for p in lines[1].split(",")[2:]]
+    probabilities = [float(p) for p in lines[1].split(",")[3:]]
     assert abs(sum(probabilities) - 1) < 1e-5
+
+
+def test_a_row_of_the_predictions_says_which_image_it_is(tmp_path: Path) -> None:
+    """Beside the checkpoint, with the file, the label and the names of the classes."""
+    for part, name in itertools.product(("train", "test"), ("owl", "emu")):
+        (tmp_path / part / name).mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (8, 8), (90 * number, 0, 200 * (name == "owl"))).save(tmp_path / part / name / f"{number}.png")
+    data = ImageFolder(str(tmp_path), validation=0, batch_size=4)
+    module = Classifier(continuum.preresnet(14, width=4, num_classes=2))
+    trainer = pl.Trainer(accelerator="cpu", max_steps=1, enable_progress_bar=False, callbacks=[WritePredictions()],
+                         logger=False, default_root_dir=tmp_path)  # fmt: skip
+    trainer.fit(module, data)
+    trainer.save_checkpoint(tmp_path / "kept" / "net.ckpt")
+    trainer.predict(module, data, ckpt_path=tmp_path / "kept" / "net.ckpt")
+    with open(tmp_path / "kept" / "predictions.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows] == [f"test/{name}/{number}.png" for name in ("emu", "owl") for number in range(3)]
+    assert [row["label"] for row in rows] == ["emu"] * 3 + ["owl"] * 3
+    logits = torch.cat([module.network(images) for images, _ in data.test_batches()])
+    assert [row["class"] for row in rows] == [("emu", "owl")[k] for k in logits.argmax(1)]
+
+
+def test_ranks_write_one_file_of_all_images_in_their_order(tmp_path: Path) -> None:
+    def rows(devices: int) -> list[dict[str, str]]:
+        torch.manual_seed(0)
+        folder = tmp_path / str(devices)
+        trainer = pl.Trainer(
+            accelerator="cpu", devices=devices, strategy="ddp_spawn" if devices > 1 else "auto", logger=False,
+            enable_progress_bar=False, enable_checkpointing=False, callbacks=[WritePredictions(str(folder))],
+        )  # fmt: skip
+        trainer.predict(Classifier(small_network()), Digits(batch_size=64), return_predictions=False)
+        (path,) = folder.iterdir()
+        with open(path) as file:
+            return list(csv.DictReader(file))
+
+    one, two = rows(1), rows(2)
+    assert [row["image"] for row in two] == [str(number) for number in range(359)]
+    for a, b in zip(one, two, strict=True):
+        assert a["label"] == b["label"]
+        assert float(a["p(3)"]) == pytest.approx(float(b["p(3)"]), abs=1e-4)
 
 
 def test_sampled_predictions_have_a_mean_and_a_spread(tmp_path: Path) -> None:
@@ -275,15 +321,87 @@ def test_sampled_predictions_have_a_mean_and_a_spread(tmp_path: Path) -> None:
         return [line.split(",") for line in (folder / "predictions.csv").read_text().splitlines()]
 
     heads, *rows = predicted(tmp_path / "a", 5)
-    assert heads[12:] == [f"s({c})" for c in range(10)]
-    assert all(abs(sum(map(float, row[2:12])) - 1) < 1e-4 for row in rows)
-    assert any(float(s) > 0 for s in rows[0][12:])
+    assert heads[13:] == [f"s({c})" for c in range(10)]
+    assert all(abs(sum(map(float, row[3:13])) - 1) < 1e-4 for row in rows)
+    assert any(float(s) > 0 for s in rows[0][13:])
     assert predicted(tmp_path / "b", 5)[1:] == rows, "one seed, one set of samples"
-    assert len(predicted(tmp_path / "c", 0)[0]) == 12
+    assert len(predicted(tmp_path / "c", 0)[0]) == 13
     with pytest.raises(TypeError, match="samples need noise"):
         pl.Trainer(accelerator="cpu", logger=False).predict(Classifier(small_network(), samples=3), Digits())
     with pytest.raises(ValueError, match="-1"):
         Classifier(small_network(), samples=-1)
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.1, 0.3, 0.95])
+def test_one_cycle_is_that_of_torch(warmup: float) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], 0.3)
+    expected = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.3, total_steps=45, pct_start=warmup, cycle_momentum=False)
+    for done in range(45):
+        assert 0.3 * OneCycle(warmup).factor(done, 45) == pytest.approx(expected.get_last_lr()[0], rel=1e-12)
+        optimizer.step()
+        if done < 44:
+            expected.step()
+
+
+@pytest.mark.parametrize("schedule", [None, OneCycle(), Steps([1, 3])])
+def test_a_finished_run_goes_on_as_one_that_was_planned_longer(tmp_path: Path, schedule: Schedule | None) -> None:
+    """Every step of the second run has the learning rate that one run of four epochs has there."""
+
+    def rates(epochs: int, resume: Path | None) -> list[float]:
+        seen: list[float] = []
+
+        class Watch(pl.Callback):
+            def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
+                seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+        trainer = pl.Trainer(
+            accelerator="cpu", max_epochs=epochs, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, callbacks=[Watch()],
+        )  # fmt: skip
+        data = Digits(batch_size=32, train_size=64)
+        trainer.fit(Classifier(small_network(), schedule=schedule), data, ckpt_path=resume)
+        assert trainer.global_step == 2 * epochs
+        trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+        return seen
+
+    rates(2, None)
+    assert rates(4, tmp_path / "2.ckpt") == rates(4, None)[4:]
+
+
+@pytest.mark.parametrize("schedule", [None, Steps([1]), OneCycle()])
+def test_a_run_without_an_end_is_refused_where_its_schedule_needs_one(schedule: Schedule | None) -> None:
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=-1, max_time="00:00:00:01", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    model, data = Classifier(small_network(), schedule=schedule), Digits(batch_size=32, train_size=64)
+    if isinstance(schedule, OneCycle):
+        with pytest.raises(ValueError, match=r"OneCycle .* no end: give max_epochs"):
+            trainer.fit(model, data)
+    else:
+        trainer.fit(model, data)
+    assert bool(trainer.global_step) == (not isinstance(schedule, OneCycle))
+
+
+@pytest.mark.parametrize(
+    ("network", "words"),
+    [
+        (lambda: continuum.preresnet(14, width=4), ["Digits have 1 channel and", "takes 3", "in_channels=1"]),
+        (lambda: continuum.preresnet(14, width=4, in_channels=1, num_classes=7), ["10 classes", "7 outputs", "num_classes=10"]),
+        (lambda: continuum.preresnet(14, width=4, in_channels=1, num_classes=12), ["10 classes", "12 outputs"]),
+        (lambda: continuum.mlp(features=9), ["cannot take", "1 channel of 8 x 8 pixels"]),
+        (lambda: continuum.odenet(width=16), ["8 x 8 pixels", "10 x 10"]),
+        (lambda: continuum.neural_sde(width=16, in_channels=1), ["8 x 8 pixels", "10 x 10"]),
+    ],
+)
+@pytest.mark.parametrize("stage", ["fit", "test", "predict"])
+def test_a_network_that_does_not_fit_the_images_is_refused_first(network: Any, words: list[str], stage: str) -> None:
+    trainer = pl.Trainer(accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    with pytest.raises(DataError) as caught:
+        getattr(trainer, stage)(Classifier(network()), Digits())
+    assert all(word in str(caught.value) for word in words)
+    assert len(str(caught.value).splitlines()) == 1
+    assert trainer.global_step == 0
 
 
 @pytest.mark.parametrize("make", [lambda: OneCycle(1.0), lambda: OneCycle(-0.1), lambda: Steps([2, 1]), lambda: Steps([1], 0)])

@@ -364,3 +364,20 @@ def test_drop_path_draws_a_column_or_thins_out_joins():
             used[live.index(True)] += 1
     assert 60 < used.sum() < 140
     assert (used > 15).all()
+
+
+@pytest.mark.parametrize(
+    ("build", "smallest"),
+    [
+        (lambda: continuum.odenet(width=8, in_channels=3, solver="euler"), 10),
+        (lambda: continuum.odenet(3, width=8, in_channels=3, solver="euler"), 8),
+        (lambda: continuum.neural_sde(width=8), 10),
+        (lambda: continuum.continuous_resnet(2, "legendre", width=8), 5),
+    ],
+)
+def test_images_that_would_shrink_to_one_pixel_are_refused(build, smallest):
+    """GroupNorm would leave signs of its channels: the network would train to chance, and say nothing."""
+    network = build().eval()
+    assert network(torch.randn(2, 3, smallest, smallest)).shape == (2, 10)
+    with pytest.raises(ValueError, match=f"{smallest - 1} x {smallest} pixels .* {smallest} x {smallest} are needed"):
+        network(torch.randn(2, 3, smallest - 1, smallest))

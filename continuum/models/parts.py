@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, pad
 
 from continuum.fields import Field, PreActivation
-from continuum.fields.branches import conv1x1, conv3x3
+from continuum.fields.branches import conv1x1, conv3x3, group_norm
 from continuum.flow import Flow
 from continuum.noise import Drift, StochasticField
 from continuum.solvers import Solver
@@ -81,10 +81,15 @@ class Augment(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """conv-BN-ReLU; with `pool`, the 7x7 convolution and 3x3 max pooling of ImageNet networks, to a quarter of the size."""
+    """conv-BN-ReLU; with `pool`, the 7x7 convolution and 3x3 max pooling of ImageNet networks, to a quarter of the size.
 
-    def __init__(self, in_channels: int, channels: int, pool: bool) -> None:
+    Raises:
+        ValueError: on images of less than `smallest` pixels, where what follows takes no smaller ones.
+    """
+
+    def __init__(self, in_channels: int, channels: int, pool: bool, smallest: int = 1) -> None:
         super().__init__()
+        self.smallest = smallest
         if pool:
             self.conv = nn.Conv2d(in_channels, channels, 7, stride=2, padding=3, bias=False)
             nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
@@ -94,7 +99,41 @@ class ConvStem(nn.Module):
         self.pool = nn.MaxPool2d(3, stride=2, padding=1) if pool else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        refuse_smaller(x, self.smallest)
         return self.pool(torch.relu(self.norm(self.conv(x))))
+
+
+class MNISTStem(nn.Sequential):
+    """Three convolutions with GroupNorm and ReLU between them, to a quarter of the size (arXiv 1806.07366).
+
+    Raises:
+        ValueError: on images of less than 10 x 10 pixels.
+    """
+
+    def __init__(self, in_channels: int, channels: int) -> None:
+        super().__init__(
+            nn.Conv2d(in_channels, channels, 3),
+            group_norm(channels),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 4, stride=2, padding=1),
+            group_norm(channels),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 4, stride=2, padding=1),
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        refuse_smaller(input, 10, "; downsample=False keeps the size")
+        return super().forward(input)
+
+
+def refuse_smaller(images: Tensor, smallest: int, advice: str = "") -> None:
+    """Raise ValueError if `images` would shrink to states of one pixel, of whose channels GroupNorm leaves the signs only."""
+    height, width = images.shape[-2:]
+    if min(height, width) < smallest:
+        raise ValueError(
+            f"images of {height} x {width} pixels shrink to one pixel here, of which GroupNorm leaves signs only: at least "
+            f"{smallest} x {smallest} are needed{advice}"
+        )
 
 
 # Shortcuts and transitions
@@ -297,14 +336,20 @@ class Positions(nn.Module):
 
 
 class Downsample(nn.Module):
-    """A transition without a residual: a convolution that halves height and width between two flows."""
+    """A transition without a residual: a convolution that halves height and width between two flows.
 
-    def __init__(self, in_channels: int, out_channels: int, norm: nn.Module) -> None:
+    Raises:
+        ValueError: on states of less than `smallest` pixels, where what follows takes no smaller ones.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, norm: nn.Module, smallest: int = 1) -> None:
         super().__init__()
+        self.smallest = smallest
         self.norm = norm
         self.conv = nn.Conv2d(in_channels, out_channels, 4, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        refuse_smaller(x, self.smallest)
         return self.conv(torch.relu(self.norm(x)))
 
 

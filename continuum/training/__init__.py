@@ -1,10 +1,12 @@
 """Training on Lightning: the classifier, data modules and callbacks."""
 
 from continuum.training.adaptation import AdaptStep, KeepFriction, LogSmoothness
-from continuum.training.callbacks import LogCost, Refine, WritePredictions
-from continuum.training.classifier import Classifier, OneCycle, Schedule, Steps
+from continuum.training.callbacks import LogCost, Refine
+from continuum.training.classifier import Classifier
 from continuum.training.data import CIFAR10, CIFAR100, MNIST, Digits, FashionMNIST, ImageData, ImageFolder
+from continuum.training.predictions import WritePredictions
 from continuum.training.regularisers import DepthSmoothness, Transport
+from continuum.training.schedules import OneCycle, Schedule, Steps
 
 __all__ = [
     "CIFAR10",

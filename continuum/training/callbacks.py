@@ -1,18 +1,14 @@
-"""What to watch, to change and to keep while Lightning runs: costs, refinements, and predictions in a file."""
+"""What to watch and to change while Lightning runs: the costs of solves, and the number of layers."""
 
 import copy
-import csv
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
-from pytorch_lightning.callbacks import BasePredictionWriter, Callback
+from pytorch_lightning.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from continuum.files import whole_file
 from continuum.flow import Flow
 from continuum.models import Network
 from continuum.weights import PiecewiseConstant
@@ -56,7 +52,7 @@ class Refine(Callback):
         ValueError: epochs that are not increasing, or a factor below 2; on setup, a network that cannot be refined, or that a
             checkpoint could not describe.
         TypeError: on setup, a module without a `Network`.
-        RuntimeError: on setup, several processes.
+        RuntimeError: on setup, several processes, or a callback that averages weights.
     """
 
     def __init__(self, epochs: Sequence[int], factor: int = 2) -> None:
@@ -75,6 +71,10 @@ class Refine(Callback):
             raise RuntimeError(
                 "Refine needs a single process: DistributedDataParallel registers the parameters of the network it is given "
                 "and would not reduce the gradients of new ones. Train with devices=1, or refine between two calls of fit"
+            )
+        if name := averaging(trainer):
+            raise RuntimeError(
+                f"Refine changes the number of weights, and {name} goes on averaging those it began with: leave one of them out"
             )
         network = network_of(pl_module, self)
         if network.blueprint is None:
@@ -118,6 +118,13 @@ class Refine(Callback):
         self.refined = list(state_dict["refined"])
 
 
+def averaging(trainer: pl.Trainer) -> str | None:
+    """Return the name of a callback of `trainer` that keeps averages of the weights, by their number and order."""
+    kinds = (WeightAveraging, StochasticWeightAveraging)
+    callbacks: list[Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+    return next((type(callback).__name__ for callback in callbacks if isinstance(callback, kinds)), None)
+
+
 def network_of(module: pl.LightningModule, callback: Callback) -> Network:
     """The network that a module trains.
 
@@ -152,44 +159,3 @@ def _carry_over(old: Optimizer, new: Optimizer, origins: dict[Tensor, Tensor]) -
             state = old.state.get(origins.get(parameter, parameter))
             if state is not None:
                 new.state[parameter] = copy.deepcopy(state)
-
-
-class WritePredictions(BasePredictionWriter):
-    """Writes `predictions.csv` after `predict`: one row an image with its class and the probability of each class.
-
-    Where the noise is sampled, the probabilities are means over the samples, and columns s(class) hold their standard
-    deviations. It goes to `folder`, or to the trainer's log folder.
-    """
-
-    def __init__(self, folder: str | None = None) -> None:
-        super().__init__(write_interval="epoch")
-        self.folder = folder
-
-    def write_on_epoch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        predictions: Sequence[Any],
-        batch_indices: Sequence[Any],
-    ) -> None:
-        samples = torch.cat(_flat(predictions))
-        probabilities = samples.mean(dim=2) if samples.dim() == 3 else samples
-        correction = 1 if samples.shape[-1] > 1 else 0
-        spread = samples.std(dim=2, correction=correction) if samples.dim() == 3 else samples.new_empty(len(samples), 0)
-        classes = list(getattr(getattr(trainer, "datamodule", None), "classes", None) or range(probabilities.shape[1]))
-        folder = Path(self.folder or trainer.log_dir or trainer.default_root_dir)
-        name = "predictions.csv" if trainer.world_size == 1 else f"predictions-rank{trainer.global_rank}.csv"
-        with whole_file(folder / name) as temporary, open(temporary, "w", newline="") as file:
-            rows = csv.writer(file)
-            deviations = [f"s({c})" for c in classes] if spread.shape[1] else []
-            rows.writerow(["image", "class", *(f"p({c})" for c in classes), *deviations])
-            for index, (row, widths) in enumerate(zip(probabilities.tolist(), spread.tolist(), strict=True)):
-                best = max(range(len(row)), key=row.__getitem__)
-                rows.writerow([index, classes[best], *(f"{value:.6f}" for value in (*row, *widths))])
-        if trainer.is_global_zero:
-            print(f"predictions: {folder / name}")
-
-
-def _flat(predictions: Sequence[Any]) -> list[Tensor]:
-    """Batches in order; Lightning nests them by data loader where there are several."""
-    return [leaf for item in predictions for leaf in ([item] if isinstance(item, Tensor) else _flat(item))]

@@ -1,17 +1,15 @@
 """Classification of images by any network: cross-entropy, SGD with Nesterov momentum, a learning-rate schedule."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
-from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR
+from torch.optim import SGD
 from torchmetrics.classification import MulticlassAccuracy
 
 from continuum.fields import Momentum
@@ -20,54 +18,18 @@ from continuum.models.checkpoint import KEY, CheckpointError, description, repla
 from continuum.models.failure import find_failure
 from continuum.noise.base import drops_branches, stochastic_fields
 from continuum.solvers import Adaptive, SolveError
+from continuum.training.callbacks import averaging
 from continuum.training.data import ImageData
+from continuum.training.fitting import check_fit
 from continuum.training.images import keyed_generator, keyed_seed
 from continuum.training.regularisers import DepthSmoothness, Transport, check_random_ends, random_ends
+from continuum.training.schedules import Schedule
 
 NOISE = "noise_seed"
 """Where a training checkpoint holds the seed of the noise."""
 
 Batch = tuple[Tensor, Tensor]
 """Images, (batch, channels, height, width) in float32, and labels, (batch,) in int64."""
-
-
-class Schedule(ABC):
-    """How the learning rate changes during training."""
-
-    interval: Literal["step", "epoch"]
-
-    @abstractmethod
-    def build(self, optimizer: Optimizer, learning_rate: float, steps: int) -> LRScheduler:
-        """The torch scheduler for a run of so many optimiser `steps`."""
-
-
-class OneCycle(Schedule):
-    """One cycle (arXiv 1708.07120): up to the learning rate over a share `warmup` of all steps, then down to zero."""
-
-    interval = "step"
-
-    def __init__(self, warmup: float = 0.3) -> None:
-        if not 0 <= warmup < 1:
-            raise ValueError(f"warmup is a share of the training in [0, 1), not {warmup}")
-        self.warmup = warmup
-
-    def build(self, optimizer: Optimizer, learning_rate: float, steps: int) -> LRScheduler:
-        return OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=self.warmup, cycle_momentum=False)
-
-
-class Steps(Schedule):
-    """The learning rate multiplied by `factor` at each of the epochs `milestones`, as He et al. and Lu et al. train."""
-
-    interval = "epoch"
-
-    def __init__(self, milestones: Sequence[int] = (80, 120), factor: float = 0.1) -> None:
-        if list(milestones) != sorted(set(milestones)) or not factor > 0:
-            raise ValueError(f"milestones are increasing epochs and factor is positive; got {milestones} and {factor}")
-        self.milestones = list(milestones)
-        self.factor = factor
-
-    def build(self, optimizer: Optimizer, learning_rate: float, steps: int) -> LRScheduler:
-        return MultiStepLR(optimizer, self.milestones, gamma=self.factor)
 
 
 class Classifier(pl.LightningModule):
@@ -141,6 +103,16 @@ class Classifier(pl.LightningModule):
             self.transport.check(self.network)
         if self.end_time:
             check_random_ends(self.network, self.end_time)
+
+    def setup(self, stage: str) -> None:
+        """Look at the images that a data module has made ready.
+
+        Raises:
+            DataError: the network does not take them, or has not one output a class.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, ImageData):
+            check_fit(self.network, data)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels = batch
@@ -275,7 +247,7 @@ class Classifier(pl.LightningModule):
         )
         if self.schedule is None:
             return optimizer
-        scheduler = self.schedule.build(optimizer, self.learning_rate, int(self.trainer.estimated_stepping_batches))
+        scheduler = self.schedule.build(optimizer, self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self.schedule.interval}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -292,7 +264,7 @@ class Classifier(pl.LightningModule):
         """Refine and project the network as the checkpoint's was, so that its weights fit; go on with its noise.
 
         Raises:
-            CheckpointError: this network was changed otherwise.
+            CheckpointError: this network was changed otherwise, or it would change beside a callback that averages weights.
         """
         self.noise_seed = checkpoint.get(NOISE, self.noise_seed)
         if self.network.blueprint is None or KEY not in checkpoint:
@@ -305,5 +277,10 @@ class Classifier(pl.LightningModule):
                 "it was built; what the checkpoint says is done to it"
             )
         if missing := changes[len(known) :]:
+            if self._trainer is not None and (name := averaging(self._trainer)):
+                raise CheckpointError(
+                    f"the checkpoint's network went through the changes {missing}, and {name} would go on averaging weights "
+                    "from before: leave it out, or give the changed network, as continuum.load returns it"
+                )
             self.network = replay(self.network, missing)
             solve_as(self.network, checkpoint[KEY]["solvers"])

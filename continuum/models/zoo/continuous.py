@@ -9,7 +9,7 @@ from continuum.fields import MLP, Autonomous, ODENetBranch, PreActivation
 from continuum.fields.branches import group_norm
 from continuum.flow import Flow
 from continuum.models.network import Network, builder
-from continuum.models.parts import Augment, ConvStem, Downsample, PooledHead, Projection, Transition
+from continuum.models.parts import Augment, ConvStem, Downsample, MNISTStem, PooledHead, Projection, Transition
 from continuum.solvers import Solver
 from continuum.weights import Expansion, PiecewiseConstant
 
@@ -30,7 +30,7 @@ def continuous_resnet(
     nodes are integers; with the others it is `size`, and the branches have GroupNorm (only nodes can keep statistics).
 
     Raises:
-        ValueError: an unknown basis, or a size that it cannot have.
+        ValueError: an unknown basis, or a size that it cannot have; with GroupNorm, images of less than 5 x 5 pixels.
     """
 
     def flow(channels: int) -> Flow:
@@ -52,7 +52,8 @@ def continuous_resnet(
         ]
         inputs = outputs
     head = PooledHead(nn.BatchNorm2d(inputs), inputs, num_classes)
-    return Network(ConvStem(in_channels, width, pool=False), stages, head)
+    nodal = basis in ("constant", "hat")
+    return Network(ConvStem(in_channels, width, pool=False, smallest=1 if nodal else 5), stages, head)
 
 
 @builder
@@ -69,6 +70,12 @@ def odenet(
     One stage is the published MNIST network: a stem that takes the images to a quarter of their size (with
     `downsample=False` a single convolution, for images as small as 8x8), one flow, head. Three stages are its CIFAR form:
     flows of `width`, 2 `width` and 4 `width` channels with strided convolutions between them, and BatchNorm outside the flows.
+
+    Images have at least 10 x 10 pixels, or with three stages 8 x 8: a smaller state is one pixel, of which GroupNorm leaves
+    signs only.
+
+    Raises:
+        ValueError: other numbers of stages; in the forward pass, smaller images.
     """
     if stages not in (1, 3):
         raise ValueError(f"odenet has 1 or 3 stages, not {stages}")
@@ -78,24 +85,11 @@ def odenet(
     for stage in range(stages):
         channels = width * 2**stage
         if stage:
-            modules.append(Downsample(channels // 2, channels, norm(channels // 2)))
+            modules.append(Downsample(channels // 2, channels, norm(channels // 2), smallest=2 ** (4 - stage)))
         modules.append(Flow(ODENetBranch(channels), solver, depth=1))
     channels = width * 2 ** (stages - 1)
-    stem = mnist_stem(in_channels, width) if stages == 1 and downsample else nn.Conv2d(in_channels, width, 3, padding=1)
+    stem = MNISTStem(in_channels, width) if stages == 1 and downsample else nn.Conv2d(in_channels, width, 3, padding=1)
     return Network(stem, modules, PooledHead(norm(channels), channels, num_classes))
-
-
-def mnist_stem(in_channels: int, width: int) -> nn.Sequential:
-    """Three convolutions with GroupNorm and ReLU between them, to a quarter of the size."""
-    return nn.Sequential(
-        nn.Conv2d(in_channels, width, 3),
-        group_norm(width),
-        nn.ReLU(),
-        nn.Conv2d(width, width, 4, stride=2, padding=1),
-        group_norm(width),
-        nn.ReLU(),
-        nn.Conv2d(width, width, 4, stride=2, padding=1),
-    )
 
 
 @builder

@@ -10,6 +10,7 @@ from continuum.flow import Flow
 from continuum.models.network import Network, builder
 from continuum.models.parts import (
     ConvStem,
+    MNISTStem,
     NoisyTransition,
     PlainHead,
     PooledHead,
@@ -21,7 +22,6 @@ from continuum.models.parts import (
     doubling,
     staged,
 )
-from continuum.models.zoo.continuous import mnist_stem
 from continuum.models.zoo.pre_activation import pre_activation
 from continuum.noise import Dropout, Gaussian, ShakeShake, StochasticDepth, linear_decay
 from continuum.noise.base import Per
@@ -171,11 +171,11 @@ def neural_sde(
     """The neural SDE dx = f(t, x) dt + sigma dB, or + sigma x dB with `kind` "multiplicative" (arXiv 1906.02355).
 
     `odenet` with one flow and noise on every entry of its state, which is published with ten Euler-Maruyama steps. With
-    `downsample=False` its stem is a single convolution.
+    `downsample=False` its stem is a single convolution; otherwise images have at least 10 x 10 pixels.
 
     Raises:
-        ValueError: a negative sigma, or an unknown kind.
+        ValueError: a negative sigma, or an unknown kind; in the forward pass, smaller images.
     """
     flow = Flow(Gaussian(ODENetBranch(width), sigma, kind), solver, depth=1)
-    stem = mnist_stem(in_channels, width) if downsample else nn.Conv2d(in_channels, width, 3, padding=1)
+    stem = MNISTStem(in_channels, width) if downsample else nn.Conv2d(in_channels, width, 3, padding=1)
     return Network(stem, [flow], PooledHead(group_norm(width), width, num_classes))

@@ -1,0 +1,49 @@
+"""Whether a network and the images it is given fit each other, which is asked before anything is trained or tested."""
+
+import torch
+from torch import nn
+
+from continuum.models import Network
+from continuum.solvers import SolveError
+from continuum.solvers.base import evaluating
+from continuum.training.data import ImageData
+from continuum.training.images import DataError
+
+
+def check_fit(network: Network, data: ImageData) -> None:
+    """Let one test image pass, to say in words what training would stumble over.
+
+    Raises:
+        DataError: `network` takes another number of channels, no images of this size, or has not one output a class.
+    """
+    name, channels, size = type(data).__name__, data.shape[0], " x ".join(map(str, data.shape[1:]))
+    first = next((module for module in network.stem.modules() if isinstance(module, nn.Conv2d)), None)
+    if first is not None and first.in_channels != channels:
+        raise DataError(
+            f"the images of {name} have {_counted(channels, 'channel')} and this network takes {first.in_channels}: build it "
+            f"with in_channels={channels}"
+        )
+    if any(module._compiled_call_impl is not None for module in network.modules()):
+        return  # it would be compiled once more, for a single image
+    images, _ = next(data.test_batches(1))
+    weight = next(network.parameters(), images)
+    try:
+        with torch.no_grad(), evaluating(network):
+            logits = network(images.to(weight))
+    except SolveError:  # a matter of the weights, which training reports
+        return
+    except (RuntimeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"this network cannot take the images of {name}, {_counted(channels, 'channel')} of {size} pixels: {reason}"
+        ) from None
+    if logits.shape[1:] != (data.num_classes,):
+        outputs = " x ".join(map(str, logits.shape[1:]))
+        raise DataError(
+            f"{name} has {_counted(data.num_classes, 'class', 'es')} and this network {outputs} outputs: build it with "
+            f"num_classes={data.num_classes}"
+        )
+
+
+def _counted(number: int, noun: str, plural: str = "s") -> str:
+    return f"{number} {noun}{'' if number == 1 else plural}"
