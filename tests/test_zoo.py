@@ -258,7 +258,7 @@ def test_momentum_and_leapfrog_networks_in_the_form_of_their_papers():
                 y = y + v
         elif not isinstance(stage, continuum.models.parts.AtRest):
             y, _ = stage(y)
-    torch.testing.assert_close(network(x.double()), network.head(y), rtol=1e-6, atol=1e-6)  # k = -gamma is held in float32
+    torch.testing.assert_close(network(x.double()), network.head(y), rtol=1e-12, atol=1e-12)
 
     network, x = build("leapfrog")
     network = network.double().eval()
@@ -364,6 +364,22 @@ def test_drop_path_draws_a_column_or_thins_out_joins():
             used[live.index(True)] += 1
     assert 60 < used.sum() < 140
     assert (used > 15).all()
+
+
+def test_a_constant_k_is_exact_whatever_its_network_goes_through(tmp_path):
+    """A k that is not learnt is no tensor: nothing rounds it, and it stands in no file; older files, which held it, load."""
+    network = continuum.momentum_resnet(14, width=4, gamma=0.9)
+    continuum.save(network.double(), tmp_path / "network.pt")
+    older = network.state_dict() | {f"{flow}.field.layers.0.k": torch.tensor(-0.9) for flow in ("stages.1", "stages.4")}
+    again = continuum.momentum_resnet(14, width=4, gamma=0.9)
+    again.load_state_dict(older)
+    changed = [network.float().double(), copy.deepcopy(network), network.refine(2), network.with_solver("rk4"), again]
+    for other in [*changed, continuum.load(tmp_path / "network.pt"), network.project("hat", 2)]:
+        layers = [module for module in other.modules() if isinstance(module, Momentum)]
+        assert {layer.k for layer in layers} == {-0.9}
+    assert not any(name.endswith(".k") for name in network.state_dict())
+    with pytest.raises(ValueError, match="has to be given"):
+        Momentum(continuum.MLP(2, hidden=4), learnt=False)
 
 
 @pytest.mark.parametrize(

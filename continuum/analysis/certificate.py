@@ -317,7 +317,7 @@ def small(name: str) -> Network:
             if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None and module.running_var is not None:
                 nn.init.normal_(module.running_mean, std=0.1)
                 nn.init.uniform_(module.running_var, 0.5, 1.5)
-            if isinstance(module, Momentum) and module.k.requires_grad:
+            if isinstance(module, Momentum) and isinstance(module.k, nn.Parameter):
                 nn.init.uniform_(module.k, -0.4, 0.3)
         for parameter in (p for name, p in network.named_parameters() if name.endswith("bias")):
             nn.init.normal_(parameter, std=0.1)

@@ -190,9 +190,7 @@ def _held(field: Field, t: float) -> Field:
         case Scaled():
             return held(field.field, t).scaled(field.scale)
         case Momentum():
-            momentum = Momentum(held(field.field, t), k=0.0)
-            momentum.k = field.k
-            return momentum
+            return field.around(held(field.field, t))
         case SecondOrder():
             return SecondOrder(held(field.second, t))
         case Coupled():

@@ -53,5 +53,5 @@ def frictions(network: Network) -> list[Friction]:
     for index, stage in enumerate(network.stages):
         for place, layer in enumerate(layers_of(stage.field) if isinstance(stage, Flow) else ()):
             if isinstance(layer, Momentum):
-                found.append(Friction(f"stages.{index}", place, float(layer.k.detach())))
+                found.append(Friction(f"stages.{index}", place, float(layer.k)))
     return found

@@ -1,6 +1,7 @@
 """What moves: a field f says where a state goes at each depth, dx/dt = f(t, x)."""
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,32 +91,56 @@ class Scaled(Field):
 
 
 class Momentum(Field):
-    """A layer of the equation (1 + k) x' = f(t, x), with one learnt scalar k.
+    """A layer of the equation (1 + k) x' = f(t, x), with one scalar k, learnt or constant.
 
     -k is a momentum and 1 + k a friction: under the scheme `LinearTwoStep` a step is
     x_{n+1} = (1 - k) x_n + k x_{n-1} + h f(x_n), the layer of LM-ResNet (arXiv 1710.10121); every other scheme and
     solver integrates f / (1 + k). k starts uniform in (-0.1, 0] unless it is given, and is zero-stable for -1 < k <= 1.
-    With `Momentum(f.scaled(1 - gamma), k=-gamma)` and k not trained it is the layer of a momentum ResNet (arXiv 2102.07870).
+    `Momentum(f.scaled(1 - gamma), k=-gamma, learnt=False)` is the layer of a momentum ResNet (arXiv 2102.07870).
+
+    Args:
+        field: f.
+        k: the value to start with; None draws it.
+        learnt: whether k is a parameter. Otherwise it is a Python float, which no conversion rounds and no file holds.
 
     Raises:
-        ValueError: k = -1, where there is no first-order equation: that is `SecondOrder`.
+        ValueError: k = -1, where there is no first-order equation: that is `SecondOrder`; or a constant k that is not given.
     """
 
-    def __init__(self, field: Field, k: float | None = None) -> None:
+    k: nn.Parameter | float
+
+    def __init__(self, field: Field, k: float | None = None, learnt: bool = True) -> None:
         super().__init__()
         self.field = field
         self.knots = field.knots
         if k == -1:
             raise ValueError("k = -1 makes (1 + k) x' = f an equation without x': the second-order one is SecondOrder(field)")
-        self.k = nn.Parameter(-0.1 * torch.rand(()) if k is None else torch.tensor(float(k)))
+        if learnt:
+            self.k = nn.Parameter(-0.1 * torch.rand(()) if k is None else torch.tensor(float(k)))
+        elif k is None:
+            raise ValueError("a k that is not learnt has to be given: Momentum(field, k=-0.9, learnt=False)")
+        else:
+            self.k = float(k)
 
     def forward(self, t: Time, x: State) -> State:
         return self.field(t, x) / (1 + self.k)
 
     def scaled(self, scale: float) -> "Field":
-        field = Momentum(self.field.scaled(scale), k=0.0)
-        field.k, field.training = self.k, self.training
-        return field
+        return self.around(self.field.scaled(scale))
+
+    def around(self, field: Field) -> "Momentum":
+        """Return the layer with the same k around another field."""
+        layer = Momentum(field, k=0.0, learnt=isinstance(self.k, nn.Parameter))
+        layer.k, layer.training = self.k, self.training
+        return layer
+
+    def extra_repr(self) -> str:
+        return "" if isinstance(self.k, nn.Parameter) else f"k={self.k}"
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if not isinstance(self.k, nn.Parameter):  # files once held a constant k too, rounded to float32
+            state_dict.pop(f"{prefix}k", None)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 def check_part(part: Field, whole: str) -> None:

@@ -219,9 +219,7 @@ def drift(layer: Field) -> Field:
     if isinstance(layer, StochasticField):
         return Drift(layer)
     if isinstance(layer, Momentum) and isinstance(layer.field, StochasticField):
-        momentum = Momentum(Drift(layer.field), k=0.0)
-        momentum.k, momentum.training = layer.k, layer.training
-        return momentum
+        return layer.around(Drift(layer.field))
     return layer
 
 

@@ -91,7 +91,7 @@ class LinearTwoStep(ReversibleScheme):
 
     def coefficients(self, field: Field, t: float) -> tuple[Tensor, ...]:
         layer = layer_at(field, t)
-        return (layer.k,) if isinstance(layer, Momentum) else ()
+        return (layer.k,) if isinstance(layer, Momentum) and isinstance(layer.k, Tensor) else ()
 
     def forth(self, evaluate: Evaluate, field: Field, t: float, x: State, h: float, memory: Memory) -> tuple[State, Memory]:
         t = inside(field.knots, t, h, 0, x.dtype)

@@ -118,7 +118,7 @@ def momentum_resnet(w: Weights, arguments: Arguments, images: Tensor) -> Iterato
         elif block.kind == "start":
             before = one_layer_before(w, x, x)
         else:
-            gamma = -block.weights["k"]  # in the precision of the weights
+            gamma = arguments["gamma"]
             scale = (1 - arguments["gamma"]) * w.share
             x, before = (1 + gamma) * x - gamma * before + scale * branch(block, x, 1), x
         yield block.name, x

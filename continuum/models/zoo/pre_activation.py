@@ -123,9 +123,7 @@ def momentum_resnet(
         raise ValueError(f"gamma lies between 0 and 1, not {gamma}")
 
     def layer(channels: int, first: bool) -> Field:
-        field = Momentum(Autonomous(PreActivation(channels, channels)).scaled(1 - gamma), k=-gamma)
-        field.k.requires_grad_(False)
-        return field
+        return Momentum(Autonomous(PreActivation(channels, channels)).scaled(1 - gamma), k=-gamma, learnt=False)
 
     network = pre_activation(blocks_of(depth, 6), num_classes, width, in_channels, 1, PreActivation, layer, solver)
     stages: list[nn.Module] = []
