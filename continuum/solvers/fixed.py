@@ -121,8 +121,8 @@ class FixedStep(Solver):
             return replace(self, h=self.h / k)
         except ValueError:
             raise ValueError(
-                f"refine({k}) would take h = {self.h:g} to {self.h / k:g}, which is neither 1/m nor an integer: take another k, "
-                "or choose another step with with_solver first"
+                f"refine({k}) would take h = {self.h:g} to {self.h / k:g}, which is neither 1/m nor an integer: take "
+                "another k, or choose another step with with_solver first"
             ) from None
 
     def steps(self, start: float, stop: float) -> list[Step]:
