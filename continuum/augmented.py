@@ -1,7 +1,7 @@
 """Fields with an integral beside the state: dx/dt = f(t, x), da/dt = g(t, x, dx/dt), solved as one equation."""
 
 from collections.abc import Callable
-from typing import TypeAlias, cast
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -9,7 +9,6 @@ from torch import Tensor
 from continuum.fields import Field
 from continuum.fields.base import checked
 from continuum.types import State, States, Time
-from continuum.weights import PiecewiseConstant
 
 Integrand: TypeAlias = Callable[[Time, State, State], Tensor]
 """What `Flow.integral` sums up: (t, x, dx/dt) -> one number an image, (batch,)."""
@@ -18,11 +17,13 @@ Integrand: TypeAlias = Callable[[Time, State, State], Tensor]
 class Augmented(Field):
     """The field of (x, a): dx/dt = f(t, x), da/dt = integrand(t, x, dx/dt)."""
 
+    takes_number = True
+
     def __init__(self, field: Field, integrand: Integrand) -> None:
         super().__init__()
         self.field = field
         self.integrand = integrand
-        self.knots = field.knots
+        self.knots, self.extent = field.knots, field.extent
         self.training = field.training  # not train(), which would set the modes of the field's parts too
 
     def forward(self, t: Time, x: States) -> States:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -45,8 +46,4 @@ class Augmented(Field):
 
 def augmented(field: Field, integrand: Integrand) -> Field:
     """The field of (x, a); of layers, layer by layer, so that whoever asks for layers finds them."""
-    if not isinstance(field, PiecewiseConstant):
-        return Augmented(field, integrand)
-    layers = PiecewiseConstant(Augmented(cast(Field, layer), integrand) for layer in field.layers)
-    layers.training = layers.layers.training = field.training
-    return layers
+    return field.mapped(lambda layer: Augmented(layer, integrand))

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from continuum.augmented import Integrand, augmented
 from continuum.fields import Field
 from continuum.fields.base import checked
-from continuum.noise.base import has_noise
+from continuum.noise.base import has_noise, without_noise
 from continuum.schemes import TwoStepMidpoint
 from continuum.schemes.base import inside
-from continuum.schemes.stochastic import without_noise
 from continuum.solvers import Adaptive, Brownian, Cost, Embedded, FixedStep, Solver, parse
 from continuum.solvers.adaptive import PAIRS
 from continuum.solvers.arithmetic import compile_field

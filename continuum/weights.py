@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from continuum.bases import Basis, Box, Hat, Legendre, Terms, projection
 from continuum.fields import Field, Momentum, Scaled
-from continuum.fields.base import check_part
+from continuum.fields.base import check_part, in_mode_of
 from continuum.types import State, Time
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -51,6 +51,8 @@ class Expansion(Field):
         ValueError: not one field or `basis.size` of them, fields that differ in more than their numbers, or BatchNorm
             without a momentum.
     """
+
+    takes_number = True
 
     def __init__(self, field: Field | Sequence[Field], basis: Basis) -> None:
         super().__init__()
@@ -84,7 +86,7 @@ class Expansion(Field):
             if norm.momentum is None:
                 raise ValueError(f"{name} is a {type(norm).__name__} with momentum=None: give it a number, such as 0.1")
         self.basis = basis
-        self.knots = basis.knots
+        self.knots, self.extent = basis.knots, basis.depth
 
     def _replace(self, new: Callable[[str, Tensor], Tensor]) -> None:
         """Put new(name, tensor) in the place of each tensor that varies with depth; tied parameters stay tied."""
@@ -220,6 +222,8 @@ class PiecewiseConstant(Field):
         TypeError: a layer is not a `Field`, or jumps inside.
     """
 
+    takes_number = True
+
     def __init__(self, layers: Iterable[Field]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
@@ -231,19 +235,24 @@ class PiecewiseConstant(Field):
             if layer.knots:
                 raise TypeError(f"layer {index} jumps at {layer.knots}: a layer is smooth in depth")
         self.knots = tuple(float(k) for k in range(1, len(self.layers)))
-
-    def layer(self, t: Time) -> Field:
-        """The layer in force at depth `t`."""
-        index = math.floor(t) if isinstance(t, float | int) else int(t.floor())
-        return cast(Field, self.layers[min(max(index, 0), len(self.layers) - 1)])
+        self.extent = float(len(self.layers))
 
     def forward(self, t: Time, x: State) -> State:
-        return self.layer(t)(t, x)
+        return self.at(float(t))(t, x)
+
+    def at(self, t: float) -> Field:
+        return cast(Field, self.layers[min(max(math.floor(t), 0), len(self.layers) - 1)])
+
+    def pieces(self) -> list[Field]:
+        return [cast(Field, layer) for layer in self.layers]
+
+    def mapped(self, change: Callable[[Field], Field]) -> "PiecewiseConstant":
+        field = in_mode_of(self, PiecewiseConstant(map(change, self.pieces())))
+        field.layers.training = self.training
+        return field
 
     def scaled(self, scale: float) -> Field:
-        field = PiecewiseConstant(cast(Field, layer).scaled(scale) for layer in self.layers)
-        field.training = field.layers.training = self.training
-        return field
+        return self.mapped(lambda layer: layer.scaled(scale))
 
     def project(self, basis: Basis) -> Expansion:
         """The expansion whose theta(t) is nearest to these steps in the norm of L2[0, n]; running statistics too.

@@ -82,7 +82,7 @@ class Careless(Energy):
 
 
 def layer_between(field, t, end):
-    return field.layer((t + end) / 2) if isinstance(field, PiecewiseConstant) else field
+    return field.at((t + end) / 2) if isinstance(field, PiecewiseConstant) else field
 
 
 def unrolled(field, x, grid, method):

@@ -443,7 +443,7 @@ def test_steps_over_several_layers():
     y = seeded(flow, x)
     path = same_path((1, 1), 4.0, dt=2)
     for t in (0.0, 2.0):
-        moved, noise = field.layer(t).terms(t, x)
+        moved, noise = field.at(t).terms(t, x)
         x = x + 2 * moved + noise * path(t, t + 2)
     torch.testing.assert_close(y, x, rtol=1e-12, atol=1e-12)
     # The way back reads another one; every layer has its gradient, be it zero.

@@ -347,7 +347,7 @@ SIZES = (1 / 8, 1 / 16, 1 / 32)
 
 
 def tanh_field(features: int = 3) -> Field:
-    return tanh_layers(1, features, gain=2.0).layer(0.0)
+    return tanh_layers(1, features, gain=2.0).at(0.0)
 
 
 def start(features: int = 3) -> torch.Tensor:

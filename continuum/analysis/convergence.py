@@ -160,13 +160,13 @@ class Held(Field):
     def __init__(self, field: Field, depth: float) -> None:
         super().__init__()
         self.field = field
-        self.depth = depth
+        self.at_depth = depth
 
     def forward(self, t: Time, x: State) -> State:
-        return self.field(self.depth, x)
+        return self.field(self.at_depth, x)
 
     def extra_repr(self) -> str:
-        return f"depth={self.depth:g}"
+        return f"depth={self.at_depth:g}"
 
 
 def held(field: Field, t: float) -> Field:
@@ -184,7 +184,7 @@ def _held(field: Field, t: float) -> Field:
         case Expansion():
             return held(_with_weights(field, t), t)
         case PiecewiseConstant():
-            return held(field.layer(t), t)
+            return held(field.at(t), t)
         case Autonomous():
             return field
         case Scaled():

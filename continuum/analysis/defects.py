@@ -57,7 +57,7 @@ def defects(field: Field, x: State, scheme: Scheme, sizes: Sequence[float]) -> l
         ValueError: a step that is not positive, or `NeumannSeries` on a field that is not linear.
     """
     if isinstance(field, PiecewiseConstant):
-        raise TypeError("a defect is of one smooth field: give a layer of these, field.layer(0.0)")
+        raise TypeError("a defect is of one smooth field: give a layer of these, field.at(0.0)")
     if not all(h > 0 for h in sizes):
         raise ValueError(f"steps are positive, not {list(sizes)}")
     layer, x = held(copied(field), 0.0).requires_grad_(False), x.double()

@@ -21,7 +21,6 @@ from continuum.fields import Coupled, Field, Momentum, Scaled
 from continuum.fields.fractal import TwoColumns
 from continuum.flow import Flow
 from continuum.schemes import ReversibleScheme
-from continuum.schemes.base import layers_of
 from continuum.solvers import Adaptive, FixedStep, SolveError, Solver
 from continuum.types import State
 
@@ -193,7 +192,7 @@ class _Counter(AbstractContextManager["_Counter"]):
     """
 
     def __init__(self, field: Field) -> None:
-        self.parts = {_innermost(layer) for layer in layers_of(field)}
+        self.parts = {_innermost(layer) for layer in field.pieces()}
         self.forward = self.backward = 0
         self.turned = False
         self.hooks = ExitStack()

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from continuum.fields import Momentum
 from continuum.flow import Flow
 from continuum.models import Network
-from continuum.schemes.base import layers_of
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def frictions(network: Network) -> list[Friction]:
     """
     found: list[Friction] = []
     for index, stage in enumerate(network.stages):
-        for place, layer in enumerate(layers_of(stage.field) if isinstance(stage, Flow) else ()):
+        for place, layer in enumerate(stage.field.pieces() if isinstance(stage, Flow) else ()):
             if isinstance(layer, Momentum):
                 found.append(Friction(f"stages.{index}", place, float(layer.k)))
     return found

@@ -20,7 +20,7 @@ from continuum.fields import Field
 from continuum.noise import Normal, StochasticField
 from continuum.noise.base import noise_of
 from continuum.schemes import EulerMaruyama, Milstein, StochasticScheme, StochasticTwoStep
-from continuum.schemes.base import inside, layer_at, layers_of
+from continuum.schemes.base import inside
 from continuum.types import State
 
 SDE = EulerMaruyama("brownian")
@@ -104,7 +104,7 @@ class CoupledPath:
 
     def step(self, field: Field, t: float, h: float, normals: Mapping[str, Tensor]) -> None:
         depth = inside(field.knots, t, h, 0, self.x.dtype)
-        noisy = noise_of(layer_at(field, depth))
+        noisy = noise_of(field.at(depth))
         drawn = None if noisy is None else _drawn(self.scheme, noisy, depth, self.x, h, normals[noisy.noise])
         if isinstance(self.scheme, StochasticTwoStep):
             self.x, (self.before,) = self.scheme.step(field, t, self.x, h, (self.before, drawn))
@@ -132,7 +132,7 @@ def run_coupled(field: Field, depth: float, paths: Sequence[CoupledPath], fine: 
     """
     x = paths[0].x
     shapes = {"scalar": (len(x), *[1] * (x.dim() - 1)), "diagonal": tuple(x.shape)}
-    kinds = sorted({noisy.noise for layer in layers_of(field) if (noisy := noise_of(layer)) is not None})
+    kinds = sorted({noisy.noise for layer in field.pieces() if (noisy := noise_of(layer)) is not None})
     sums = [{kind: x.new_zeros(shapes[kind]) for kind in kinds} for _ in paths]
     for j in range(1, fine + 1):
         normals = {kind: torch.randn(shapes[kind], dtype=x.dtype, device=x.device, generator=generator) for kind in kinds}

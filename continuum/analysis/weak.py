@@ -20,7 +20,7 @@ from continuum.models.network import transit
 from continuum.noise import Law, noise_only
 from continuum.noise.base import has_noise, noise_of
 from continuum.schemes import EulerMaruyama, StochasticTwoStep
-from continuum.schemes.base import inside, layer_at
+from continuum.schemes.base import inside
 from continuum.solvers import Adaptive, FixedStep
 from continuum.solvers.base import evaluating
 from continuum.types import Images, State
@@ -198,7 +198,7 @@ def _layers(network: Network, dtype: torch.dtype, seed: int) -> list[LayerNoise]
 
 
 def _layer(name: str, field: Field, t: float, bound: float) -> LayerNoise:
-    noisy = noise_of(layer_at(field, t))
+    noisy = noise_of(field.at(t))
     if noisy is None or not any(noisy.deviations(t)):
         return LayerNoise(name, math.floor(t), "no noise", math.nan, 0.0, (math.nan,) * 4, (0.0,) * 4, bound)
     law = noisy.law(t)

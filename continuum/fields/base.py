@@ -1,33 +1,106 @@
 """What moves: a field f says where a state goes at each depth, dx/dt = f(t, x)."""
 
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from continuum.types import State, Time
+from continuum.types import State, StateOrStates, Time
+
+F = TypeVar("F", bound="Field")
 
 
 class Field(nn.Module, ABC):
     """The right-hand side of dx/dt = f(t, x).
 
-    The signature is torchdiffeq's, so a field runs under its solvers as it is. `knots` are the interior depths
-    where the field jumps, in increasing order; a solver never steps across one unknowingly, and never calls the
-    field exactly on one: a stage there is evaluated just inside the step it belongs to.
+    The signature is torchdiffeq's, so a field runs under its solvers as it is, and a field written for them runs here. Solvers
+    hand the depth over as a Python float; `forward` receives a 0-dim tensor on the device of x, as torchdiffeq gives it,
+    unless the class says that a number will do (`takes_number`).
+
+    `knots` are the interior depths where the field jumps, in increasing order; a solver never steps across one unknowingly,
+    and never calls the field exactly on one: a stage there is evaluated just inside the step it belongs to. `extent` is the
+    depth up to which the field is defined, None where there is no such end.
+
+    A field answers for itself what solvers, schemes and analyses ask of it. All answers have defaults, so that a subclass
+    needs `forward` alone; a wrapper passes on those that its inner field answers otherwise.
     """
 
     knots: tuple[float, ...] = ()
+    extent: float | None = None
+    takes_number: bool = False
 
     @abstractmethod
     def forward(self, t: Time, x: State) -> State:
         """dx/dt at depth `t` (in layers) of the states `x`; the result has the shape of `x`."""
 
+    def __call__(self, t: Time, x: StateOrStates) -> StateOrStates:
+        """`forward` with its hooks, and with a look at what it did.
+
+        Raises:
+            RuntimeError: the state was written to in place, which would change the state that the step starts from.
+        """
+        if isinstance(x, tuple):
+            return super().__call__(t if self.takes_number else depth_tensor(t, x[0]), x)
+        if not self.takes_number:
+            t = depth_tensor(t, x)
+        if torch.compiler.is_compiling():
+            return super().__call__(t, x)
+        version = _version(x)
+        slope = super().__call__(t, x)
+        if _version(x) != version:
+            raise RuntimeError(
+                f"this {type(self).__name__} writes to its state in place, and the step needs that state as it was: build its "
+                "first layer with inplace=False, or let forward begin with x = x.clone()"
+            )
+        return slope
+
+    def at(self, t: float) -> "Field":
+        """The field in force at depth `t`, smooth up to the next knots."""
+        return self
+
+    def pieces(self) -> Sequence["Field"]:
+        """The smooth fields that this one is made of, in the order of depth: its layers, or itself alone."""
+        return (self,)
+
+    def mapped(self, change: Callable[["Field"], "Field"]) -> "Field":
+        """The field with change(piece) in the place of each of its `pieces`, in the mode of this one."""
+        return change(self)
+
     def scaled(self, scale: float) -> "Field":
         """The field s f of the same weights, and of a kind that the same schemes can step."""
-        field = Scaled(self, scale)
-        field.training = self.training
-        return field
+        return in_mode_of(self, Scaled(self, scale))
+
+    def drift(self) -> "Field":
+        """The field without its noise, of the same weights; itself where it has none."""
+        return self
+
+    def friction(self) -> tuple["Field", Tensor | float | None]:
+        """f and k of the equation (1 + k) x' = f that this field states; k is None where it states x' = f."""
+        return self, None
+
+
+def in_mode_of(field: Field, other: F) -> F:
+    """`other` in the mode of `field`; not by train(), which would set the modes of the parts that both share."""
+    other.training = field.training
+    return other
+
+
+def depth_tensor(t: Time, x: Tensor) -> Tensor:
+    """The depth as a 0-dim tensor on the device of x, real and of float32's precision at least.
+
+    Filled on the device: a copy from the host would wait for it.
+    """
+    dtype = torch.float64 if x.dtype in (torch.float64, torch.complex128) else torch.float32
+    if isinstance(t, Tensor):
+        return t.to(dtype=dtype, device=x.device)
+    return torch.full((), t, dtype=dtype, device=x.device)
+
+
+def _version(x: Any) -> int | None:
+    """How often x was written to; None in inference mode, where torch does not count."""
+    return None if x.is_inference() else x._version
 
 
 class Autonomous(Field):
@@ -39,6 +112,8 @@ class Autonomous(Field):
     >>> field(0.0, torch.zeros(2, 3)).shape
     torch.Size([2, 3])
     """
+
+    takes_number = True
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -61,6 +136,8 @@ class PostActivation(Field):
     True
     """
 
+    takes_number = True
+
     def __init__(self, branch: nn.Module) -> None:
         super().__init__()
         self.branch = branch
@@ -72,13 +149,15 @@ class PostActivation(Field):
 class Scaled(Field):
     """The field s f(t, x): what a residual scaling s, such as Inception-ResNet's (arXiv 1602.07261), does to a layer."""
 
+    takes_number = True
+
     def __init__(self, field: Field, scale: float) -> None:
         super().__init__()
         if isinstance(field, Momentum):
             raise TypeError("a Momentum field is scaled inside: write Momentum(Scaled(field, s)), not the reverse")
         self.field = field
         self.scale = scale
-        self.knots = field.knots
+        self.knots, self.extent = field.knots, field.extent
 
     def forward(self, t: Time, x: State) -> State:
         return self.scale * self.field(t, x)
@@ -108,11 +187,12 @@ class Momentum(Field):
     """
 
     k: nn.Parameter | float
+    takes_number = True
 
     def __init__(self, field: Field, k: float | None = None, learnt: bool = True) -> None:
         super().__init__()
         self.field = field
-        self.knots = field.knots
+        self.knots, self.extent = field.knots, field.extent
         if k == -1:
             raise ValueError("k = -1 makes (1 + k) x' = f an equation without x': the second-order one is SecondOrder(field)")
         if learnt:
@@ -128,10 +208,16 @@ class Momentum(Field):
     def scaled(self, scale: float) -> "Field":
         return self.around(self.field.scaled(scale))
 
+    def drift(self) -> "Field":
+        return self.around(self.field.drift())
+
+    def friction(self) -> tuple[Field, Tensor | float | None]:
+        return self.field, self.k
+
     def around(self, field: Field) -> "Momentum":
-        """Return the layer with the same k around another field."""
-        layer = Momentum(field, k=0.0, learnt=isinstance(self.k, nn.Parameter))
-        layer.k, layer.training = self.k, self.training
+        """The layer of another field with the same k."""
+        layer = in_mode_of(self, Momentum(field, k=0.0, learnt=isinstance(self.k, nn.Parameter)))
+        layer.k = self.k
         return layer
 
     def extra_repr(self) -> str:

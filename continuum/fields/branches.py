@@ -205,6 +205,8 @@ class ODENetBranch(Field):
     The convolutions have a bias and see (t, x); states are (batch, channels, height, width) (arXiv 1806.07366).
     """
 
+    takes_number = True
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm1 = group_norm(channels)
@@ -222,6 +224,8 @@ class ODENetBranch(Field):
 
 class MLP(Field):
     """A field on vectors, f(t, x) = W2 tanh(W1 (t, x) + b1) + b2, with `hidden` units; x is (batch, features)."""
+
+    takes_number = True
 
     def __init__(self, features: int, hidden: int) -> None:
         super().__init__()

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, conv_transpose2d
 
-from continuum.fields.base import Autonomous, Field, Scaled, check_part
+from continuum.fields.base import Autonomous, Field, Scaled, check_part, in_mode_of
 from continuum.types import State, Time
 
 
@@ -22,6 +22,8 @@ class Coupled(Field):
         TypeError: a half is no `Field`, or jumps in depth.
         ValueError: when called, a state with an odd number of channels.
     """
+
+    takes_number = True
 
     def __init__(self, first: Field, second: Field) -> None:
         super().__init__()
@@ -44,9 +46,7 @@ class Coupled(Field):
         return torch.cat([self.first(t, z), self.second(t, y)], dim=1)
 
     def scaled(self, scale: float) -> Field:
-        field = Coupled(self.first.scaled(scale), self.second.scaled(scale))
-        field.training = self.training
-        return field
+        return in_mode_of(self, Coupled(self.first.scaled(scale), self.second.scaled(scale)))
 
 
 class SecondOrder(Coupled):

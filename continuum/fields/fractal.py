@@ -1,6 +1,6 @@
 """The two-column fractal block as a field, f = k f1 + f2: its columns see different states only within a step."""
 
-from continuum.fields.base import Field, check_part
+from continuum.fields.base import Field, check_part, in_mode_of
 from continuum.types import State, Time
 
 
@@ -15,6 +15,8 @@ class TwoColumns(Field):
         TypeError: a column is no `Field`, or jumps in depth.
     """
 
+    takes_number = True
+
     def __init__(self, first: Field, second: Field, k: float = 0.5) -> None:
         super().__init__()
         for column in (first, second):
@@ -27,9 +29,7 @@ class TwoColumns(Field):
         return self.k * self.first(t, x) + self.second(t, x)
 
     def scaled(self, scale: float) -> Field:
-        field = TwoColumns(self.first.scaled(scale), self.second.scaled(scale), self.k)
-        field.training = self.training
-        return field
+        return in_mode_of(self, TwoColumns(self.first.scaled(scale), self.second.scaled(scale), self.k))
 
     def extra_repr(self) -> str:
         return f"k={self.k:g}"

@@ -10,7 +10,7 @@ from continuum.flow import Flow
 from continuum.models.network import Network, solve_named, transit
 from continuum.noise.base import noise_of, terms
 from continuum.schemes import StochasticScheme
-from continuum.schemes.base import inside, layer_at
+from continuum.schemes.base import inside
 from continuum.solvers import Adaptive, FixedStep, SolveError
 from continuum.solvers.base import rows_not_finite, statistics_untouched
 from continuum.types import Images, State
@@ -72,7 +72,7 @@ def _alone(flow: Flow) -> Flow:
 def _term_at_fault(field: Field, t: float, x: State, h: float) -> str | None:
     """Whether it is the drift at the start of a step that is not finite, or the diffusion."""
     t = inside(field.knots, t, h, 0, x.dtype)
-    layer = layer_at(field, t)
+    layer = field.at(t)
     noisy = noise_of(layer)
     drift, diffusion = terms(layer, t, x) if noisy is not None and noisy.training else (layer(t, x), None)
     if rows_not_finite(drift):

@@ -18,7 +18,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from continuum.fields import Field, Momentum
+from continuum.fields import Field
 from continuum.noise.laws import Bernoulli, Law
 from continuum.types import State, Time
 
@@ -55,6 +55,7 @@ class StochasticField(Field):
     ((0.5,), (0.8660254037844386,))
     """
 
+    takes_number = True
     noise: Literal["scalar", "diagonal"] = "scalar"
     per: Per = "image"
     separable: bool = True
@@ -190,6 +191,9 @@ class StochasticField(Field):
         field.scale = self.scale * scale
         return field
 
+    def drift(self) -> "Field":
+        return Drift(self)
+
 
 def _sum(weights: Sequence[float], slopes: Sequence[State], x: State) -> State:
     """sum_i w_i f_i from left to right; a weight of one is not multiplied with."""
@@ -204,29 +208,27 @@ def _sum(weights: Sequence[float], slopes: Sequence[State], x: State) -> State:
 class Drift(Field):
     """The drift of a stochastic field as a field without noise, with the same weights, in training mode too."""
 
+    takes_number = True
+
     def __init__(self, field: StochasticField) -> None:
         super().__init__()
         self.field = field
-        self.knots = field.knots
+        self.knots, self.extent = field.knots, field.extent
         self.training = field.training
 
     def forward(self, t: Time, x: State) -> State:
         return self.field(t, x)
 
 
-def drift(layer: Field) -> Field:
-    """The field without its noise: the `Drift` of a stochastic one, also under `Momentum`; any other as it is."""
-    if isinstance(layer, StochasticField):
-        return Drift(layer)
-    if isinstance(layer, Momentum) and isinstance(layer.field, StochasticField):
-        return layer.around(Drift(layer.field))
-    return layer
-
-
 def noise_of(layer: Field) -> StochasticField | None:
-    """The stochastic field that a layer is, or that its `Momentum` holds; None if the layer is deterministic."""
-    inner = layer.field if isinstance(layer, Momentum) else layer
+    """The stochastic field that a layer is, or whose friction it adds; None if the layer is deterministic."""
+    inner, _ = layer.friction()
     return inner if isinstance(inner, StochasticField) else None
+
+
+def without_noise(field: Field) -> Field:
+    """The field whose layers have lost their noise: the same weights, open to deterministic schemes."""
+    return field.mapped(lambda layer: layer.drift())
 
 
 def terms(layer: Field, t: Time, x: State) -> tuple[State, State | None]:
@@ -238,7 +240,8 @@ def terms(layer: Field, t: Time, x: State) -> tuple[State, State | None]:
     if field is None:
         return layer(t, x), None
     moved, noise = field.terms(t, x)
-    return (moved / (1 + layer.k), noise / (1 + layer.k)) if isinstance(layer, Momentum) else (moved, noise)
+    _, k = layer.friction()
+    return (moved, noise) if k is None else (moved / (1 + k), noise / (1 + k))
 
 
 def stochastic_fields(module: nn.Module) -> Iterator[StochasticField]:

@@ -5,7 +5,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from torch import Tensor
 from continuum.fields import Field
 from continuum.fields.base import checked
 from continuum.types import State
-from continuum.weights import PiecewiseConstant
 
 Memory: TypeAlias = tuple[Any, ...]
 """What a step hands to the next one: states, and draws yet to be used; () where there is nothing to remember."""
@@ -96,16 +95,6 @@ class ReversibleScheme(Scheme):
     def coefficients(self, field: Field, t: float) -> tuple[Tensor, ...]:
         """Parameters that the step itself multiplies with, beside those inside the evaluated fields."""
         return ()
-
-
-def layer_at(field: Field, t: float) -> Field:
-    """The layer in force at depth `t` under piecewise-constant weights, otherwise the field itself."""
-    return field.layer(t) if isinstance(field, PiecewiseConstant) else field
-
-
-def layers_of(field: Field) -> list[Field]:
-    """All layers under piecewise-constant weights, otherwise the field alone."""
-    return [cast(Field, layer) for layer in field.layers] if isinstance(field, PiecewiseConstant) else [field]
 
 
 def combine(x: State, h: float, weights: Sequence[float], slopes: Sequence[State]) -> State:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from continuum.fields import Field, Momentum
-from continuum.schemes.base import Evaluate, Memory, ReversibleScheme, Scheme, combine, inside, knot_at, layer_at, layers_of
+from continuum.schemes.base import Evaluate, Memory, ReversibleScheme, Scheme, combine, inside, knot_at
 from continuum.schemes.runge_kutta import RK4, Heun, Kutta3, runge_kutta_step
 from continuum.types import State
 
@@ -72,14 +72,14 @@ class LinearTwoStep(ReversibleScheme):
     variable_steps = False
 
     def check(self, field: Field) -> None:
-        if not any(isinstance(layer, Momentum) for layer in layers_of(field)):
+        if not any(isinstance(layer, Momentum) for layer in field.pieces()):
             raise TypeError(
                 f"LinearTwoStep steps Momentum(field) or PiecewiseConstant layers of them, which hold k; got a "
                 f"{type(field).__name__} without any. Wrap the layers in Momentum, or use Euler()"
             )
 
     def check_undo(self, field: Field) -> None:
-        for index, layer in enumerate(layers_of(field)[1:], 1):
+        for index, layer in enumerate(field.pieces()[1:], 1):
             if not isinstance(layer, Momentum):
                 raise TypeError(
                     f"layer {index} is a {type(layer).__name__} without k: its step forgets the state before, so LinearTwoStep "
@@ -90,12 +90,12 @@ class LinearTwoStep(ReversibleScheme):
         return () if previous is None else (one_step_before(x, previous, steps[0][1]),)
 
     def coefficients(self, field: Field, t: float) -> tuple[Tensor, ...]:
-        layer = layer_at(field, t)
+        layer = field.at(t)
         return (layer.k,) if isinstance(layer, Momentum) and isinstance(layer.k, Tensor) else ()
 
     def forth(self, evaluate: Evaluate, field: Field, t: float, x: State, h: float, memory: Memory) -> tuple[State, Memory]:
         t = inside(field.knots, t, h, 0, x.dtype)
-        layer = layer_at(field, t)
+        layer = field.at(t)
         if not isinstance(layer, Momentum) or not memory:
             slope = evaluate(layer.field, t, x) / (1 + layer.k) if isinstance(layer, Momentum) else evaluate(layer, t, x)
             return combine(x, h, (1,), (slope,)), (x,)
@@ -106,7 +106,7 @@ class LinearTwoStep(ReversibleScheme):
         self, evaluate: Evaluate, field: Field, t: float, x: State, h: float, memory: Memory, first: bool
     ) -> tuple[State, Memory]:
         t = inside(field.knots, t, h, 0, x.dtype)
-        layer, (before,) = layer_at(field, t), memory
+        layer, (before,) = field.at(t), memory
         if first:
             evaluate(layer.field if isinstance(layer, Momentum) else layer, t, before)
             return before, ()
@@ -131,20 +131,20 @@ class TwoStepMidpoint(ReversibleScheme):
     variable_steps = False
 
     def check(self, field: Field) -> None:
-        if any(isinstance(layer, Momentum) for layer in layers_of(field)):
+        if any(isinstance(layer, Momentum) for layer in field.pieces()):
             raise TypeError("TwoStepMidpoint has its own k = 1: give it the fields without Momentum, or use LinearTwoStep()")
 
     def begin(self, field: Field, x: State, previous: State | None, steps: Sequence[tuple[float, float]]) -> Memory:
         return () if previous is None else (one_step_before(x, previous, steps[0][1]),)
 
     def forth(self, evaluate: Evaluate, field: Field, t: float, x: State, h: float, memory: Memory) -> tuple[State, Memory]:
-        slope = evaluate(layer_at(field, t), inside(field.knots, t, h, 0, x.dtype), x)
+        slope = evaluate(field.at(t), inside(field.knots, t, h, 0, x.dtype), x)
         return (combine(memory[0], h, (2,), (slope,)) if memory else combine(x, h, (1,), (slope,))), (x,)
 
     def back(
         self, evaluate: Evaluate, field: Field, t: float, x: State, h: float, memory: Memory, first: bool
     ) -> tuple[State, Memory]:
-        slope = evaluate(layer_at(field, t), inside(field.knots, t, h, 0, x.dtype), memory[0])
+        slope = evaluate(field.at(t), inside(field.knots, t, h, 0, x.dtype), memory[0])
         return memory[0], (() if first else (combine(x, h, (-2,), (slope,)),))
 
 

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from continuum.fields import Coupled, Field
-from continuum.schemes.base import Evaluate, Memory, ReversibleScheme, combine, inside, layer_at, layers_of
+from continuum.schemes.base import Evaluate, Memory, ReversibleScheme, combine, inside
 from continuum.types import State
 
 Half = Literal["y", "z"]
@@ -33,7 +33,7 @@ class SplitScheme(ReversibleScheme):
     stages_of_step: tuple[Stage, ...]
 
     def check(self, field: Field) -> None:
-        for layer in layers_of(field):
+        for layer in field.pieces():
             if not isinstance(layer, Coupled):
                 raise TypeError(
                     f"{type(self).__name__} steps Coupled fields, two halves that move by each other (RevNet, Hamiltonian, "
@@ -49,7 +49,7 @@ class SplitScheme(ReversibleScheme):
         return self._moved(evaluate, field, t, x, h, -1.0), ()
 
     def _moved(self, evaluate: Evaluate, field: Field, t: float, x: State, h: float, sign: float) -> State:
-        layer = layer_at(field, inside(field.knots, t, h, 0, x.dtype))
+        layer = field.at(inside(field.knots, t, h, 0, x.dtype))
         assert isinstance(layer, Coupled)
         y, z = layer.halves(x)
         for half, share, c in self.stages_of_step if sign > 0 else reversed(self.stages_of_step):

@@ -19,7 +19,7 @@ from math import prod
 from typing import ClassVar, TypeAlias
 
 from continuum.fields import Field, TwoColumns
-from continuum.schemes.base import Memory, Scheme, combine, inside, layer_at, layers_of
+from continuum.schemes.base import Memory, Scheme, combine, inside
 from continuum.types import State
 
 Tree: TypeAlias = tuple["Tree", ...]
@@ -171,13 +171,13 @@ class Fractal(Scheme):
     stages = 1
 
     def check(self, field: Field) -> None:
-        for layer in layers_of(field):
+        for layer in field.pieces():
             if not isinstance(layer, TwoColumns):
                 raise TypeError(f"Fractal steps TwoColumns(f1, f2), not a {type(layer).__name__}: use Heun() or another scheme")
 
     def step(self, field: Field, t: float, x: State, h: float, memory: Memory) -> tuple[State, Memory]:
         t = inside(field.knots, t, h, 0, x.dtype)
-        layer = layer_at(field, t)
+        layer = field.at(t)
         assert isinstance(layer, TwoColumns)
         first = layer.first(t, x)
         second = layer.second(t, combine(x, h, (1,), (first,)))

@@ -12,12 +12,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from continuum.fields import Field, Momentum
 from continuum.fields.base import checked
 from continuum.noise import ShakeShake, StochasticField
-from continuum.noise.base import Coefficients, drift, noise_of, stochastic_fields, terms
-from continuum.schemes.base import Memory, Scheme, combine, inside, layer_at, layers_of
+from continuum.noise.base import Coefficients, noise_of, stochastic_fields, terms
+from continuum.schemes.base import Memory, Scheme, combine, inside
 from continuum.schemes.multistep import LinearTwoStep, one_step_before
 from continuum.schemes.runge_kutta import Euler
 from continuum.types import State
-from continuum.weights import PiecewiseConstant
 
 Increments = Literal["own", "brownian"]
 
@@ -33,7 +32,7 @@ class StochasticScheme(Scheme):
 
     def check(self, field: Field) -> None:
         """Raise TypeError unless the layers of `field` are what this scheme can step, and one of them has noise."""
-        layers = layers_of(field)
+        layers = field.pieces()
         fields = [noisy for layer in layers if (noisy := noise_of(layer)) is not None]
         if len(fields) < len(list(stochastic_fields(field))):
             raise TypeError(
@@ -61,7 +60,7 @@ class StochasticScheme(Scheme):
         drawn: list[object] = []
         for t, h in steps:
             t = inside(field.knots, t, h, 0, x.dtype)
-            noisy = noise_of(layer_at(field, t))
+            noisy = noise_of(field.at(t))
             if noisy is not None and noisy.training and h < 0:
                 raise ValueError(f"a stochastic solve has no way back: depth goes up, not from {t:g} to {t + h:g}")
             drawn.append(self.draw(noisy, t, x, h) if noisy is not None and noisy.training else None)
@@ -110,7 +109,7 @@ class EulerMaruyama(StochasticScheme):
 
     def step(self, field: Field, t: float, x: State, h: float, memory: Memory) -> tuple[State, Memory]:
         t = inside(field.knots, t, h, 0, x.dtype)
-        layer, (drawn, *rest) = layer_at(field, t), memory
+        layer, (drawn, *rest) = field.at(t), memory
         noisy = noise_of(layer)
         if noisy is None or drawn is None:
             return combine(x, h, (1,), (layer(t, x),)), tuple(rest)
@@ -147,7 +146,7 @@ class Milstein(StochasticScheme):
 
     def step(self, field: Field, t: float, x: State, h: float, memory: Memory) -> tuple[State, Memory]:
         t = inside(field.knots, t, h, 0, x.dtype)
-        layer, (increment, *rest) = layer_at(field, t), memory
+        layer, (increment, *rest) = field.at(t), memory
         if increment is None:
             return combine(x, h, (1,), (layer(t, x),)), tuple(rest)
         moved, noise, along = self_derivative(layer, t, x)
@@ -174,7 +173,7 @@ class StochasticTwoStep(StochasticScheme):
 
     def check(self, field: Field) -> None:
         super().check(field)
-        if not any(isinstance(layer, Momentum) for layer in layers_of(field)):
+        if not any(isinstance(layer, Momentum) for layer in field.pieces()):
             raise TypeError("StochasticTwoStep steps Momentum(StochasticDepth(f, p)), which holds k; or take EulerMaruyama()")
 
     def draw(self, field: StochasticField, t: float, x: State, h: float) -> Coefficients:
@@ -190,7 +189,7 @@ class StochasticTwoStep(StochasticScheme):
     def step(self, field: Field, t: float, x: State, h: float, memory: Memory) -> tuple[State, Memory]:
         before, drawn, *rest = memory
         depth = inside(field.knots, t, h, 0, x.dtype)
-        layer = layer_at(field, depth)
+        layer = field.at(depth)
         if not isinstance(layer, Momentum) or before is None:
             after, _ = EulerMaruyama(self.increments).step(field, t, x, h, (drawn,))
             return after, (x, *rest)
@@ -200,15 +199,6 @@ class StochasticTwoStep(StochasticScheme):
             return combine(kept, h, (1,), (layer.field(depth, x),)), (x, *rest)
         moved = noisy.move(depth, x, drawn)
         return (kept if moved is None else kept + checked(moved, x)), (x, *rest)
-
-
-def without_noise(field: Field) -> Field:
-    """The field, or the layers, without noise: the same weights, open to deterministic schemes."""
-    if not isinstance(field, PiecewiseConstant):
-        return drift(field)
-    layers = PiecewiseConstant(drift(layer) for layer in layers_of(field))
-    layers.training = layers.layers.training = field.training
-    return layers
 
 
 def check_path_gradient(field: StochasticField, x: State) -> None:

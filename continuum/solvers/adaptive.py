@@ -6,7 +6,7 @@ its far side. The step size is carried from piece to piece.
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Literal, get_args
 
@@ -26,9 +26,10 @@ from continuum.solvers.base import (
     restored_on_error,
 )
 from continuum.solvers.discrete_adjoint import solve
+from continuum.solvers.fixed import FixedStep
 from continuum.solvers.library import LibrarySolve
 from continuum.solvers.norms import Norm
-from continuum.solvers.pairs import METHODS, PAIRS, pair_of
+from continuum.solvers.pairs import METHODS, PAIRS, Embedded, pair_of
 from continuum.solvers.per_image import PER_IMAGE_METHODS, check_per_image, solve_per_image
 from continuum.solvers.stepping import Keep, Stepper
 from continuum.types import State
@@ -137,6 +138,22 @@ class Adaptive(Solver):
         others = [f for f in fields(self) if f.name not in ("method", "rtol", "atol") and getattr(self, f.name) != f.default]
         options = [f"{name}={option_text(getattr(self, name))}" for name in ("rtol", "atol", *(f.name for f in others))]
         return f"{self.method}:{','.join(options)}"
+
+    @property
+    def adaptive(self) -> bool:
+        return True
+
+    def direct(self) -> Solver:
+        return replace(self, gradient="direct", engine=None)
+
+    def alone(self) -> Solver:
+        return replace(self, norm="batch") if self.norm == "global" else self
+
+    def frozen(self, grid: tuple[float, ...]) -> Solver:
+        try:
+            return FixedStep(Embedded(self.method), grid=grid)
+        except ValueError as error:
+            raise TypeError(str(error)) from None
 
     def check(self, field: Field) -> None:
         refuse_noise(field, str(self))

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from continuum.fields import Field
-from continuum.schemes.base import layers_of
 from continuum.solvers.packed import Packed
 from continuum.types import State
 
@@ -106,5 +105,5 @@ def compile_field(field: Field) -> None:
             part.compile()
 
 
-def _parts(field: Field) -> list[Field]:
-    return layers_of(field.field if isinstance(field, Packed) else field)
+def _parts(field: Field) -> Sequence[Field]:
+    return (field.field if isinstance(field, Packed) else field).pieces()

@@ -5,6 +5,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,10 @@ class Solution:
     cost: Cost
 
 
+Step: TypeAlias = tuple[float, float]
+"""A step as (t, h)."""
+
+
 class Solver(ABC):
     """Repeats steps from the first of `times` to the last and decides how gradients come back."""
 
@@ -55,9 +60,46 @@ class Solver(ABC):
         """Whether torch.compile can follow all steps; of other solvers, it compiles the evaluations of the field."""
         return False
 
+    @property
+    def adaptive(self) -> bool:
+        """Whether the size of an error chooses the steps: they may end at any depth, and a solve may fail."""
+        return False
+
+    def steps(self, start: float, stop: float) -> list[Step] | None:
+        """The steps (t, h) from `start` to `stop`, h negative on the way back; None where they are not known beforehand.
+
+        Raises:
+            ValueError: the steps cannot end at `stop`.
+        """
+        return None
+
     def without_noise(self) -> "Solver":
         """The solver that this one is where the field has no noise."""
         return self
+
+    def direct(self) -> "Solver":
+        """The solver of the same steps whose gradient is theirs, by autograd through all of them."""
+        return self
+
+    def alone(self) -> "Solver":
+        """The solver whose steps this rank chooses by itself."""
+        return self
+
+    def refined(self, k: int) -> "Solver":
+        """The solver with k steps in the place of one; itself where an error chooses the steps.
+
+        Raises:
+            ValueError: there are no such steps.
+        """
+        return self
+
+    def frozen(self, grid: tuple[float, ...]) -> "Solver":
+        """The solver of the same method with fixed steps over `grid`, which an adaptive solve has accepted.
+
+        Raises:
+            TypeError: the steps are fixed already, or the method has no steps of its own.
+        """
+        raise TypeError(f"only an adaptive flow can be frozen; this one is solved by {self}")
 
 
 def option_text(value: object) -> str:

@@ -5,7 +5,7 @@ all step sizes, and evaluates the field once before it starts.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal, cast, get_args
 
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from continuum.fields import Field
-from continuum.noise.base import has_noise, stochastic_fields
+from continuum.noise.base import has_noise, stochastic_fields, without_noise
 from continuum.schemes import Euler, EulerMaruyama, Heun
-from continuum.schemes.base import inside, knot_at, layer_at
-from continuum.schemes.stochastic import check_batch_statistics, check_path_gradient, without_noise
+from continuum.schemes.base import inside, knot_at
+from continuum.schemes.stochastic import check_batch_statistics, check_path_gradient
 from continuum.solvers.adaptive import Adaptive
-from continuum.solvers.base import Cost, Solution, Solver, cut_at_knots, needs_grad, option_text, restored_on_error
-from continuum.solvers.fixed import FixedStep, Step
+from continuum.solvers.base import Cost, Solution, Solver, Step, cut_at_knots, needs_grad, option_text, restored_on_error
+from continuum.solvers.fixed import FixedStep
 from continuum.solvers.ito import Adjoint, Rule, Solve, noises
 from continuum.types import State
 
@@ -107,6 +107,16 @@ class Brownian(Solver):
             return Adaptive("dopri5", self.rtol, self.atol)
         return FixedStep(Heun() if self.method == "srk" else Euler(), self.h)
 
+    def direct(self) -> Solver:
+        return replace(self, gradient="direct")
+
+    def refined(self, k: int) -> Solver:
+        return replace(self, h=cast(FixedStep, self._fixed().refined(k)).h)
+
+    @property
+    def adaptive(self) -> bool:
+        return self.rtol is not None
+
     def check(self, field: Field) -> None:
         if not has_noise(field):
             raise TypeError(
@@ -180,5 +190,5 @@ def _parameters(field: Field, points: Sequence[float], dtype: torch.dtype) -> li
     """What a piece has gradients for: the parameters of its layer, or of all where a step goes over knots."""
     start, stop = points[0], points[-1]
     if not any(start < knot < stop for knot in field.knots):
-        field = layer_at(field, inside(field.knots, start, stop - start, 0, dtype))
+        field = field.at(inside(field.knots, start, stop - start, 0, dtype))
     return [parameter for parameter in field.parameters() if parameter.requires_grad]

@@ -13,15 +13,12 @@ from torch.utils.checkpoint import checkpoint
 
 from continuum.fields import Field
 from continuum.schemes import Memory, Milstein, ReversibleScheme, Scheme, StochasticScheme
-from continuum.solvers.base import Cost, Solution, Solver, needs_grad, option_text, refuse_noise, statistics_untouched
+from continuum.solvers.base import Cost, Solution, Solver, Step, needs_grad, option_text, refuse_noise, statistics_untouched
 from continuum.solvers.reversible import solve_reversibly
 from continuum.types import State
 from continuum.weights import PiecewiseConstant
 
 Gradient = Literal["direct", "reversible", "checkpoint"]
-
-Step = tuple[float, float]
-"""A step as (t, h)."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +108,22 @@ class FixedStep(Solver):
 
     def without_noise(self) -> Solver:
         return replace(self, scheme=self.scheme.without_noise())
+
+    def direct(self) -> Solver:
+        return replace(self, gradient="direct", every=1)
+
+    def refined(self, k: int) -> Solver:
+        if self.grid is not None:
+            raise ValueError(
+                f"steps over a grid cannot be refined: choose even ones first, for example with_solver('{self.scheme}')"
+            )
+        try:
+            return replace(self, h=self.h / k)
+        except ValueError:
+            raise ValueError(
+                f"refine({k}) would take h = {self.h:g} to {self.h / k:g}, which is neither 1/m nor an integer: take "
+                "another k, or choose another step with with_solver first"
+            ) from None
 
     def steps(self, start: float, stop: float) -> list[Step]:
         """The steps (t, h) from `start` to `stop`, h negative on the way back."""

@@ -18,7 +18,7 @@ from continuum.fields import Field
 from continuum.fields.base import checked
 from continuum.noise import StochasticField
 from continuum.noise.base import noise_of, terms
-from continuum.schemes.base import inside, layer_at, layers_of
+from continuum.schemes.base import inside
 from continuum.schemes.stochastic import self_derivative
 from continuum.solvers.base import LOOSER, Cost, SolveError, rows_not_finite, statistics_untouched
 from continuum.types import State
@@ -58,7 +58,7 @@ class Rule:
 
 def noises(field: Field) -> list[StochasticField]:
     """The stochastic fields among the layers."""
-    return [noisy for layer in layers_of(field) if (noisy := noise_of(layer)) is not None]
+    return [noisy for layer in field.pieces() if (noisy := noise_of(layer)) is not None]
 
 
 Values = tuple[Tensor, Tensor, Tensor]
@@ -107,7 +107,7 @@ class Equation(BaseSDE):
 
     def _evaluate(self, depth: float, y: Tensor) -> Values:
         t, x = min(max(depth, self.first), self.last), y.reshape(self.shape)
-        layer = layer_at(self.field, t)
+        layer = self.field.at(t)
         noisy = noise_of(layer)
         noise = along = None
         if noisy is None or not noisy.training:

@@ -25,10 +25,12 @@ class Packed(Field):
     [torch.Size([3, 2]), torch.Size([3, 2])]
     """
 
+    takes_number = True
+
     def __init__(self, field: Field, shapes: Sequence[torch.Size]) -> None:
         super().__init__()
         self.field = field
-        self.knots = field.knots
+        self.knots, self.extent = field.knots, field.extent
         self.shapes = tuple(shapes)
         self.training = field.training  # not train(), which would set the modes of the field's parts too
 

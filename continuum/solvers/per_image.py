@@ -12,7 +12,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from continuum.fields import Field
 from continuum.fields.base import checked
-from continuum.schemes.base import layer_at
 from continuum.solvers.base import CHECK_INPUTS, LOOSER, Cost, Solution, SolveError, restored_on_error
 from continuum.solvers.packed import Packed
 from continuum.types import State, Time
@@ -154,7 +153,7 @@ class _Solve:
     ) -> None:
         self.status = torchode.Status
         self.controller = torchode.IntegralController(atol, rtol, dt_max=max_step)
-        self.field = layer_at(field, times[0])  # the only one: there are no knots
+        self.field = field.at(times[0])  # the only one: there are no knots
         self.depth = cast(Time, _Unreadable())
         self.shape = x.shape
         self.stop = times[-1]

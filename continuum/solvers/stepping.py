@@ -20,7 +20,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from continuum.fields import Field
 from continuum.fields.base import checked
-from continuum.schemes.base import inside, layer_at
+from continuum.schemes.base import inside
 from continuum.solvers.arithmetic import Arithmetic, arithmetic_of
 from continuum.solvers.base import Cost, SolveError, advice, check_closed, cut_at_knots, rows_not_finite
 from continuum.solvers.norms import NORMS, any_rank
@@ -261,7 +261,7 @@ class Stepper:
         later = (bounds[0] + self.way * h).clamp(min(bounds), max(bounds)).to(x.dtype)
         moved = x + self.way * h.to(x.dtype) * slope
         # A layer is looked up by a number: of piecewise constant weights, ask the one in force.
-        smooth = layer_at(self.field, bounds[0])
+        smooth = self.field.at(bounds[0])
         self._count(t)
         change = size(self._numbers(smooth, later, moved) - slope) / h
         fastest = torch.maximum(speed, change)
