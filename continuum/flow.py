@@ -11,18 +11,16 @@ from torch import Tensor, nn
 
 from continuum.augmented import Integrand, augmented
 from continuum.fields import Field
-from continuum.fields.base import checked
+from continuum.fields.base import as_field, checked
 from continuum.noise.base import has_noise, without_noise
 from continuum.schemes import TwoStepMidpoint
 from continuum.schemes.base import inside
-from continuum.solvers import Adaptive, Brownian, Cost, Embedded, FixedStep, Solver, parse
-from continuum.solvers.adaptive import PAIRS
+from continuum.solvers import Cost, FixedStep, Solver, parse
 from continuum.solvers.arithmetic import compile_field
 from continuum.solvers.base import Solution, evaluating, statistics_untouched
 from continuum.solvers.fixed import compile_whole
 from continuum.solvers.packed import Packed, pack
 from continuum.types import State, StateOrStates, States
-from continuum.weights import PiecewiseConstant
 
 
 class Flow(nn.Module):
@@ -37,6 +35,11 @@ class Flow(nn.Module):
     A depth that is a 0-dim parameter is learnt, with dx(depth)/d depth = field(depth, x(depth)), and `depth` is its value now.
     The steps must be free to end where it goes, so the solver is an adaptive one.
 
+    Args:
+        field: f, a `Field` or a module with `forward(t, x)`.
+        solver: what takes the steps, or its text.
+        depth: how far to integrate, in layers.
+
     >>> from continuum.fields import MLP
     >>> flow = Flow(MLP(2, hidden=16), "dopri5:rtol=1e-4,atol=1e-4", depth=1)
     >>> x = torch.randn(8, 2)
@@ -46,31 +49,49 @@ class Flow(nn.Module):
     torch.Size([8, 2])
 
     Raises:
-        TypeError: the field is no `Field`, or the solver cannot solve it; a depth is learnt under fixed steps or noise.
-        ValueError: the depth is not positive, or the solver's fixed step does not divide it.
+        TypeError: the field is no field, or the solver cannot solve it; a depth is learnt under fixed steps or noise, or is
+            computed from something learnt.
+        ValueError: the depth is not positive or not the one that the field is made for, the solver's fixed step does not
+            divide it, or the field's knots are not in order.
     """
 
-    def __init__(self, field: Field, solver: Solver | str, depth: float | Tensor) -> None:
+    def __init__(self, field: nn.Module, solver: Solver | str, depth: float | Tensor) -> None:
         super().__init__()
-        if not isinstance(field, Field):
-            raise TypeError(f"a Flow needs a Field, not a {type(field).__name__}: wrap a module as Autonomous(module)")
+        self.field = as_field(field, "a Flow")
+        self.solver = parse(solver) if isinstance(solver, str) else solver
+        if not isinstance(self.solver, Solver):
+            raise TypeError(f"a Flow needs a Solver or its text, not {solver!r}")
         if isinstance(depth, Tensor) and depth.dim():
             raise ValueError(f"depth is one number, a 0-dim tensor, not a tensor of shape {tuple(depth.shape)}")
         if not depth > 0:
             raise ValueError(f"depth is a positive number of layers, not {_number(depth)}")
-        self.field = field
-        self.solver = parse(solver) if isinstance(solver, str) else solver
         learnt = isinstance(depth, nn.Parameter) or (isinstance(depth, Tensor) and depth.requires_grad)
-        self.end: float | Tensor = depth if learnt else _number(depth)
+        if learnt and not cast(Tensor, depth).is_leaf:
+            raise TypeError(
+                "this depth is computed from something learnt, and its graph would last for one backward pass: give an "
+                "nn.Parameter, and map it with torch.nn.utils.parametrize.register_parametrization(flow, 'end', ...)"
+            )
+        if isinstance(depth, Tensor) and not learnt:
+            depth = self.solver.depths(depth.reshape(1))[0]
+        self.end: float | Tensor = depth
         self.refined = 1
         self.cost: Cost | None = None
-        if not isinstance(self.solver, Solver):
-            raise TypeError(f"a Flow needs a Solver or its text, not {solver!r}")
-        self.solver.check(field)
+        self.solver.check(self.field)
+        self._check_depths(learnt)
+
+    def _check_depths(self, learnt: bool) -> None:
+        """Raise an error where the field or the solver does not fit the depth."""
+        knots, extent = self.field.knots, self.field.extent
+        if any(a >= b for a, b in pairwise(knots)):
+            raise ValueError(f"knots are depths in increasing order; those of this {type(self.field).__name__} are {knots}")
         if learnt:
-            self._check_learnt()
-        elif isinstance(self.solver, FixedStep | Brownian):
-            self.solver.steps(0.0, self.depth)
+            return self._check_learnt()
+        if extent is not None and abs(self.depth - extent) > 1e-9 * extent:
+            raise ValueError(
+                f"this {type(self.field).__name__} is defined from depth 0 to {extent:g}, not to {self.depth:g}: give the Flow "
+                f"depth={extent:g}, or a field of another depth"
+            )
+        self.solver.steps(0.0, self.depth)
 
     @property
     def depth(self) -> float:
@@ -93,13 +114,18 @@ class Flow(nn.Module):
         return cast(StateOrStates, self._solve(x, (0.0, depth), (0.0, self.end), memory)[-1])
 
     def _solve(
-        self, x: States, depths: Sequence[float], times: Sequence[float | Tensor], memory: State | None = None
+        self,
+        x: States,
+        depths: Sequence[float],
+        times: Sequence[float | Tensor],
+        memory: State | None = None,
+        exact: bool = False,
     ) -> list[States]:
         """The states at `depths`; `times` are the same, as tensors where they may have a gradient."""
         if not isinstance(x, tuple):
             x = _widened(x)
             previous = None if memory is None else self._one_layer_before(x, _widened(memory))
-            return [*self._carry(self.field, x, depths, times, previous)]
+            return [*self._carry(self.field, x, depths, times, previous, exact)]
         if memory is not None:
             raise TypeError("schemes remember one tensor, so a tuple of states has no memory: pass the tuple alone")
         x = tuple(map(_widened, x))
@@ -108,7 +134,7 @@ class Flow(nn.Module):
             self.solver.check(packed)
         except TypeError as error:
             raise TypeError(f"{self.solver} cannot carry a tuple of states: {error}") from None
-        return [packed.split(state) for state in self._carry(packed, flat, depths, times)]
+        return [packed.split(state) for state in self._carry(packed, flat, depths, times, None, exact)]
 
     def _carry(
         self,
@@ -116,19 +142,20 @@ class Flow(nn.Module):
         x: State,
         depths: Sequence[float],
         times: Sequence[float | Tensor],
-        previous: State | None = None,
+        previous: State | None,
+        exact: bool,
     ) -> list[State]:
         """The solver's states, and their gradients with respect to `times`, which no solver needs to know."""
         moving = [(i, t) for i, t in enumerate(times) if isinstance(t, Tensor) and t.requires_grad and torch.is_grad_enabled()]
         if not moving:
-            solution = self._solution(field, x, depths, previous)
+            solution = self._solution(field, x, depths, previous, exact)
             self.cost = solution.cost
             return solution.states
         self._check_times()
         start = x
         if moving[0][0] == 0:  # to start later is to start from less far along the slope
             start = _Moving.apply(x, moving[0][1], -_slope(field, x, depths[0], depths[1] - depths[0], 0))
-        solution = self._solution(field, start, depths, previous)
+        solution = self._solution(field, start, depths, previous, exact)
         self.cost = replace(solution.cost, evaluations=solution.cost.evaluations + len(moving))
         states = [x, *solution.states[1:]]  # the state at the first time is the given one, whatever that time
         for i, t in moving:
@@ -137,18 +164,18 @@ class Flow(nn.Module):
                 states[i] = _Moving.apply(states[i], t, slope)
         return states
 
-    def _solution(self, field: Field, x: State, depths: Sequence[float], previous: State | None) -> Solution:
+    def _solution(self, field: Field, x: State, depths: Sequence[float], previous: State | None, exact: bool) -> Solution:
         if torch.compiler.is_compiling() and not self.solver.one_graph:
             from continuum.solvers.between_graphs import solve_between_graphs  # the compiler is loaded only where it is used
 
-            return solve_between_graphs(self.solver, field, x, depths, previous)  # pyright: ignore[reportCallIssue]
-        return self.solver(field, x, depths, previous)
+            return solve_between_graphs(self.solver, field, x, depths, previous, exact)  # pyright: ignore[reportCallIssue]
+        return self.solver(field, x, depths, previous, exact)
 
     def _check_learnt(self) -> None:
         """Raise TypeError if no gradient could move the depth."""
         if has_noise(self.field):
             raise TypeError(f"depth cannot be learnt here: {NO_DERIVATIVE}")
-        if isinstance(self.solver, FixedStep):
+        if not self.solver.adaptive:
             raise TypeError(
                 f"a learnt depth leaves the grid of {self.solver}: take an adaptive solver, such as dopri5, or a number, the "
                 "depth as it is now: Flow(flow.field, solver, flow.depth), or flow.frozen(x)"
@@ -158,8 +185,8 @@ class Flow(nn.Module):
         """Raise TypeError or RuntimeError if the solution has no derivative with respect to times."""
         if has_noise(self.field):
             raise TypeError(f"times and depth have no gradient here: {NO_DERIVATIVE}")
-        if isinstance(self.solver, Adaptive) and self.solver.method not in PAIRS:
-            raise RuntimeError(f"{self.solver.method} goes forward only: solve under torch.no_grad(), or with another method")
+        if self.solver.forward_only:
+            raise RuntimeError(f"{self.solver} goes forward only: solve under torch.no_grad(), or with another method")
 
     def _one_layer_before(self, x: State, memory: State) -> State:
         """The previous state that the solver is given: where layers are refined, `memory` lies one original layer before x,
@@ -185,26 +212,41 @@ class Flow(nn.Module):
         Raises:
             TypeError: the solver does not have fixed steps.
         """
-        if not isinstance(self.solver, FixedStep):
+        steps = self.solver.steps(0.0, self.depth)
+        if steps is None:
             raise TypeError(f"only fixed steps are known beforehand; this flow is solved by {self.solver}")
-        times = [*(t for t, _ in self.solver.steps(0.0, self.depth)), self.depth]
-        return cast(list[StateOrStates], self._solve(x, times, times, memory))
+        times = [*(t for t, _ in steps), self.depth]
+        return cast(list[StateOrStates], self._solve(x, times, times, memory, exact=True))
 
-    def trajectory(self, x: StateOrStates, times: Sequence[float | Tensor] | Tensor) -> StateOrStates:
+    def trajectory(self, x: StateOrStates, times: Sequence[float | Tensor] | Tensor, exact: bool = False) -> StateOrStates:
         """The states at `times`, stacked on a new first axis; x is the state at times[0]. Of a tuple, a tuple of such stacks.
 
         Times are strictly monotone, in either direction: (depth, 0) goes back. Those that require grad have the gradients of
         the equation, dx(t)/dt = field(t, x(t)); where the field jumps, the one on the side that the solve passes through.
 
+        Between the first time and the last, states are read off the steps, by the dense output of the adaptive method or,
+        between the points of a fixed grid, by Hermite's cubic: many times cost nearly nothing, and change no step.
+
+        Args:
+            x: the state at times[0], or a tuple of states.
+            times: two or more depths in layers, shape (n,).
+            exact: whether a step ends at every time instead, so that states have the error of the end.
+
         Raises:
-            ValueError: fewer than two times, times that are not monotone, or off the grid of a fixed-step solver.
+            ValueError: fewer than two times, times that are not monotone or of another shape; where times must be ends of steps
+                (`exact` or noise), times that are not.
             TypeError: times that require grad where the field has noise.
         """
-        depths: list[float] = times.tolist() if isinstance(times, Tensor) else [_number(t) for t in times]
+        if isinstance(times, Tensor) and times.dim() != 1:
+            raise ValueError(
+                f"times are depths common to the batch, shape (n,), not {tuple(times.shape)}: solve samples with times "
+                "of their own one by one, or all of them at the sorted union of their times"
+            )
+        depths = self.solver.depths(times) if isinstance(times, Tensor) else [_number(t) for t in times]
         steps = [b - a for a, b in pairwise(depths)]
         if not steps or not (all(h > 0 for h in steps) or all(h < 0 for h in steps)):
             raise ValueError(f"times are two or more strictly monotone depths, not {depths}")
-        states = self._solve(x, depths, times.unbind() if isinstance(times, Tensor) else times)
+        states = self._solve(x, depths, times.unbind() if isinstance(times, Tensor) else times, exact=exact)
         if isinstance(x, tuple):
             return tuple(map(torch.stack, zip(*states, strict=True)))
         return torch.stack(cast(list[Tensor], states))
@@ -287,16 +329,12 @@ class Flow(nn.Module):
         Raises:
             TypeError: the solver has fixed steps already, or goes through SciPy.
         """
-        if not isinstance(self.solver, Adaptive):
-            raise TypeError(f"only an adaptive flow can be frozen; this one is solved by {self.solver}")
-        try:
-            scheme = Embedded(self.solver.method)
-        except ValueError as error:
-            raise TypeError(str(error)) from None
+        if not self.solver.adaptive:
+            self.solver.frozen((0.0, self.depth))  # says what is missing
         with evaluating(self):
             self._solve(x, (0.0, self.depth), (0.0, self.depth))
         grid = cast(Cost, self.cost).grid
-        flow = Flow(self.field, FixedStep(scheme, grid=grid), grid[-1])
+        flow = Flow(self.field, self.solver.frozen(grid), grid[-1])
         flow.refined, flow.training = self.refined, self.training
         return flow
 
@@ -316,15 +354,13 @@ class Flow(nn.Module):
         """
         if not isinstance(k, int) or k < 2:
             raise ValueError(f"refine puts k steps in the place of one: k is an integer of at least 2, not {k!r}")
-        if isinstance(self.solver, FixedStep) and self.solver.grid is not None:
-            raise ValueError(
-                f"steps over a grid cannot be refined: choose even ones first, for example with_solver('{self.solver.scheme}')"
-            )
-        if isinstance(self.field, PiecewiseConstant):
-            flow = Flow(_divided(self.field, k), self.solver, _copied(self.end, k))
+        solver = self.solver.refined(k)
+        divided = self.field.divided(k)
+        if divided is not None:
+            flow = Flow(divided, self.solver, _copied(self.end, k))
             flow.refined = k * self.refined
         else:
-            flow = Flow(copy.deepcopy(self.field), _finer(self.solver, k), _copied(self.end, 1))
+            flow = Flow(copy.deepcopy(self.field), solver, _copied(self.end, 1))
             flow.refined = self.refined
         flow.training = self.training
         return flow
@@ -356,7 +392,9 @@ class _Moving(torch.autograd.Function):
                 "depth that do not require grad"
             )
         (slope,) = ctx.saved_tensors
-        return grad, (grad * slope).sum().to(ctx.device, ctx.dtype), None
+        # Of a complex state, the part of the change that is along the gradient.
+        along = (grad.conj() * slope).real if slope.is_complex() else grad * slope
+        return grad, along.sum().to(ctx.device, ctx.dtype), None
 
 
 def _slope(field: Field, x: State, t: float, h: float, c: float) -> State:
@@ -377,26 +415,3 @@ def _number(t: float | Tensor) -> float:
 def _copied(depth: float | Tensor, k: int) -> float | Tensor:
     """k times a depth, which learns if it did."""
     return nn.Parameter(k * depth.detach(), depth.requires_grad) if isinstance(depth, Tensor) else k * depth
-
-
-def _divided(field: PiecewiseConstant, k: int) -> PiecewiseConstant:
-    """Each layer k times in a row, divided by k."""
-    layers: list[Field] = []
-    for layer in field.layers:
-        for _ in range(k):
-            layers.append(cast(Field, copy.deepcopy(layer)).scaled(1 / k))
-    divided = PiecewiseConstant(layers)
-    divided.training = divided.layers.training = field.training
-    return divided
-
-
-def _finer(solver: Solver, k: int) -> Solver:
-    if not isinstance(solver, FixedStep | Brownian):
-        return solver
-    try:
-        return replace(solver, h=solver.h / k)
-    except ValueError:
-        raise ValueError(
-            f"refine({k}) would take h = {solver.h:g} to {solver.h / k:g}, which is neither 1/m nor an integer: take another "
-            "k, or choose another step with with_solver first"
-        ) from None

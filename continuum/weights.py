@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from continuum.bases import Basis, Box, Hat, Legendre, Terms, projection
 from continuum.fields import Field, Momentum, Scaled
-from continuum.fields.base import check_part, in_mode_of
+from continuum.fields.base import as_part, in_mode_of
 from continuum.types import State, Time
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -54,12 +54,13 @@ class Expansion(Field):
 
     takes_number = True
 
-    def __init__(self, field: Field | Sequence[Field], basis: Basis) -> None:
+    def __init__(self, field: nn.Module | Sequence[nn.Module], basis: Basis) -> None:
         super().__init__()
         if not isinstance(basis, Basis):
             raise TypeError(f"an Expansion needs a basis such as Hat(4, depth=3), not {basis!r}")
-        fields = [field] if isinstance(field, Field) else list(field)
-        if not isinstance(field, Field) and len(fields) != basis.size:
+        one = isinstance(field, nn.Module) and not isinstance(field, nn.ModuleList)
+        fields = [as_part(f, "an Expansion") for f in ([field] if one else field)]  # pyright: ignore[reportGeneralTypeIssues]
+        if not one and len(fields) != basis.size:
             raise ValueError(f"{basis} needs {basis.size} fields, one a coefficient, or a single one; got {len(fields)}")
         _check_one_kind(fields)
         self.field = copy.deepcopy(fields[0])
@@ -69,7 +70,7 @@ class Expansion(Field):
             if isinstance(module, _BatchNorm) and module.running_mean is not None
         )
         self._set_basis(basis)
-        if isinstance(field, Field):
+        if one:
             self._replace(lambda name, tensor: _constant(tensor, basis))
         else:
             coefficients = [dict(_tensors(other, self.norms)) for other in fields]
@@ -139,9 +140,8 @@ class Expansion(Field):
 
 
 def _check_one_kind(fields: Sequence[Field]) -> None:
-    """Raise TypeError or ValueError if these fields could not be one with other weights."""
+    """Raise ValueError if these fields could not be one with other weights."""
     for index, field in enumerate(fields):
-        check_part(field, "an Expansion")
         shapes, first = ({name: tuple(p.shape) for name, p in f.named_parameters()} for f in (field, fields[0]))
         for name in [*first, *shapes]:
             if shapes.get(name) != first.get(name):
@@ -224,16 +224,11 @@ class PiecewiseConstant(Field):
 
     takes_number = True
 
-    def __init__(self, layers: Iterable[Field]) -> None:
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList(as_part(layer, f"layer {index}") for index, layer in enumerate(layers))
         if not self.layers:
             raise ValueError("PiecewiseConstant needs at least one layer")
-        for index, layer in enumerate(self.layers):
-            if not isinstance(layer, Field):
-                raise TypeError(f"layer {index} is a {type(layer).__name__}, not a Field: wrap it as Autonomous(module)")
-            if layer.knots:
-                raise TypeError(f"layer {index} jumps at {layer.knots}: a layer is smooth in depth")
         self.knots = tuple(float(k) for k in range(1, len(self.layers)))
         self.extent = float(len(self.layers))
 
@@ -253,6 +248,9 @@ class PiecewiseConstant(Field):
 
     def scaled(self, scale: float) -> Field:
         return self.mapped(lambda layer: layer.scaled(scale))
+
+    def divided(self, k: int) -> Field:
+        return in_mode_of(self, PiecewiseConstant(copy.deepcopy(p).scaled(1 / k) for p in self.pieces() for _ in range(k)))
 
     def project(self, basis: Basis) -> Expansion:
         """The expansion whose theta(t) is nearest to these steps in the norm of L2[0, n]; running statistics too.

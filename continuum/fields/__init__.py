@@ -1,6 +1,6 @@
 """What moves: fields f of dx/dt = f(t, x), and the branches of residual blocks."""
 
-from continuum.fields.base import Autonomous, Field, Momentum, PostActivation, Scaled
+from continuum.fields.base import Autonomous, Field, Function, Momentum, PostActivation, Scaled
 from continuum.fields.branches import (
     MLP,
     BasicBranch,
@@ -25,6 +25,7 @@ __all__ = [
     "Coupled",
     "DoubleLayer",
     "Field",
+    "Function",
     "Hamiltonian",
     "Momentum",
     "ODENetBranch",

@@ -1,5 +1,6 @@
 """What moves: a field f says where a state goes at each depth, dx/dt = f(t, x)."""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -68,6 +69,10 @@ class Field(nn.Module, ABC):
         """The field with change(piece) in the place of each of its `pieces`, in the mode of this one."""
         return change(self)
 
+    def divided(self, k: int) -> "Field | None":
+        """The field of k layers in the place of one, each a copy divided by k, on k times the depth; None without layers."""
+        return None
+
     def scaled(self, scale: float) -> "Field":
         """The field s f of the same weights, and of a kind that the same schemes can step."""
         return in_mode_of(self, Scaled(self, scale))
@@ -90,12 +95,13 @@ def in_mode_of(field: Field, other: F) -> F:
 def depth_tensor(t: Time, x: Tensor) -> Tensor:
     """The depth as a 0-dim tensor on the device of x, real and of float32's precision at least.
 
-    Filled on the device: a copy from the host would wait for it.
+    Filled on the device: a copy from the host would wait for it. What is no number is handed on, as the depth that `PerImage`
+    forbids to read.
     """
     dtype = torch.float64 if x.dtype in (torch.float64, torch.complex128) else torch.float32
     if isinstance(t, Tensor):
         return t.to(dtype=dtype, device=x.device)
-    return torch.full((), t, dtype=dtype, device=x.device)
+    return torch.full((), t, dtype=dtype, device=x.device) if isinstance(t, float | int) else t
 
 
 def _version(x: Any) -> int | None:
@@ -121,6 +127,62 @@ class Autonomous(Field):
 
     def forward(self, t: Time, x: State) -> State:
         return self.module(x)
+
+
+class Function(Field):
+    """The field of a function or a module of (t, x), such as one that was written for torchdiffeq: f(t, x) = function(t, x).
+
+    A `Flow` and the fields made of fields take a module with `forward(t, x)` as it is and put it into one of these.
+
+    Args:
+        function: dx/dt of t, a 0-dim tensor on the device of x, and x; a module's parameters are the field's.
+        knots: the interior depths where it jumps.
+
+    >>> import torch
+    >>> Function(lambda t, x: torch.sin(t) * x)(0.0, torch.ones(2, 3))
+    tensor([[0., 0., 0.],
+            [0., 0., 0.]])
+    """
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], knots: Sequence[float] = ()) -> None:
+        super().__init__()
+        self.function = function
+        self.knots = tuple(knots)
+        if isinstance(function, nn.Module):
+            self.training = function.training
+
+    def forward(self, t: Time, x: State) -> State:
+        return self.function(t, x)  # pyright: ignore[reportArgumentType]
+
+
+def as_field(field: nn.Module, whole: str) -> Field:
+    """The field itself; a module of (t, x) as a `Function`.
+
+    Raises:
+        TypeError: something else, which `whole` would be made of.
+    """
+    if isinstance(field, Field):
+        return field
+    if isinstance(field, nn.Module) and _takes_two(field.forward):
+        return Function(field)
+    raise TypeError(
+        f"{whole} needs a Field or a module with forward(t, x), not a {type(field).__name__}: wrap a module of x alone as "
+        "Autonomous(module), and a function of (t, x) as Function(function)"
+    )
+
+
+def _takes_two(function: Callable[..., Any]) -> bool:
+    """Whether a call needs two positional arguments."""
+    signature = inspect.signature(function)
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        return False
+    try:
+        signature.bind(None)
+    except TypeError:
+        return True
+    return False
 
 
 class PostActivation(Field):
@@ -229,12 +291,16 @@ class Momentum(Field):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-def check_part(part: Field, whole: str) -> None:
-    """Raise TypeError if `part` cannot be a part of the field `whole`: it must be a field, and smooth in depth."""
-    if not isinstance(part, Field):
-        raise TypeError(f"{whole} is made of Fields, not of a {type(part).__name__}: wrap a module as Autonomous(module)")
+def as_part(part: nn.Module, whole: str) -> Field:
+    """`part` as a field that is smooth in depth.
+
+    Raises:
+        TypeError: it is no field, or jumps, and `whole` could not be made of it.
+    """
+    part = as_field(part, whole)
     if part.knots:
         raise TypeError(f"{whole} is made of fields that are smooth in depth; this {type(part).__name__} jumps at {part.knots}")
+    return part
 
 
 def checked(slope: State, x: State) -> State:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, conv_transpose2d
 
-from continuum.fields.base import Autonomous, Field, Scaled, check_part, in_mode_of
+from continuum.fields.base import Autonomous, Field, Scaled, as_part, in_mode_of
 from continuum.types import State, Time
 
 
@@ -25,12 +25,10 @@ class Coupled(Field):
 
     takes_number = True
 
-    def __init__(self, first: Field, second: Field) -> None:
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
         super().__init__()
-        for half in (first, second):
-            check_part(half, "Coupled")
-        self.first = first
-        self.second = second
+        self.first = as_part(first, "Coupled")
+        self.second = as_part(second, "Coupled")
 
     def halves(self, x: State) -> tuple[State, State]:
         """(y, z) of the state x."""

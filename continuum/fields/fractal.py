@@ -1,6 +1,8 @@
 """The two-column fractal block as a field, f = k f1 + f2: its columns see different states only within a step."""
 
-from continuum.fields.base import Field, check_part, in_mode_of
+from torch import nn
+
+from continuum.fields.base import Field, as_part, in_mode_of
 from continuum.types import State, Time
 
 
@@ -17,12 +19,10 @@ class TwoColumns(Field):
 
     takes_number = True
 
-    def __init__(self, first: Field, second: Field, k: float = 0.5) -> None:
+    def __init__(self, first: nn.Module, second: nn.Module, k: float = 0.5) -> None:
         super().__init__()
-        for column in (first, second):
-            check_part(column, "TwoColumns")
-        self.first = first
-        self.second = second
+        self.first = as_part(first, "TwoColumns")
+        self.second = as_part(second, "TwoColumns")
         self.k = float(k)
 
     def forward(self, t: Time, x: State) -> State:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from continuum.fields import Field, Momentum, PostActivation
-from continuum.fields.base import checked
+from continuum.fields.base import as_field, checked
 from continuum.noise.base import Coefficient, Coefficients, Per, StochasticField, has_noise
 from continuum.noise.laws import Bernoulli, Law, Normal, Uniform
 from continuum.types import State, Time
@@ -45,13 +45,13 @@ class StochasticDepth(StochasticField):
 
     def __init__(
         self,
-        field: Field,
+        field: nn.Module,
         survival: float | Callable[[float], float],
         convention: Literal["huang", "rescaled"] = "huang",
         per: Per = "batch",
     ) -> None:
         super().__init__()
-        _check_noisy(field, "StochasticDepth")
+        field = _noiseless(field, "StochasticDepth")
         if convention not in ("huang", "rescaled"):
             raise ValueError(f"convention is 'huang' (train f, evaluate p f) or 'rescaled' (train f / p), not {convention!r}")
         if convention == "rescaled" and isinstance(field, PostActivation):
@@ -119,15 +119,14 @@ class ShakeShake(StochasticField):
 
     def __init__(
         self,
-        first: Field,
-        second: Field,
+        first: nn.Module,
+        second: nn.Module,
         forward_mode: Literal["shake", "even"] = "shake",
         backward_mode: Literal["shake", "even", "keep"] = "shake",
         per: Per = "image",
     ) -> None:
         super().__init__()
-        _check_noisy(first, "ShakeShake")
-        _check_noisy(second, "ShakeShake")
+        first, second = _noiseless(first, "ShakeShake"), _noiseless(second, "ShakeShake")
         if forward_mode not in ("shake", "even") or backward_mode not in ("shake", "even", "keep"):
             raise ValueError(
                 f"forward_mode is 'shake' or 'even' and backward_mode 'shake', 'even' or 'keep', not {forward_mode!r} and "
@@ -205,12 +204,12 @@ class Gaussian(StochasticField):
 
     def __init__(
         self,
-        field: Field,
+        field: nn.Module,
         sigma: float | Callable[[float], float],
         kind: Literal["additive", "multiplicative"] = "additive",
     ) -> None:
         super().__init__()
-        _check_noisy(field, "Gaussian")
+        field = _noiseless(field, "Gaussian")
         if kind not in ("additive", "multiplicative"):
             raise ValueError(f"kind is 'additive' (sigma dB) or 'multiplicative' (sigma x dB), not {kind!r}")
         if not callable(sigma):
@@ -252,9 +251,9 @@ class Dropout(StochasticField):
     noise = "diagonal"
     separable = False
 
-    def __init__(self, field: Field, rate: float) -> None:
+    def __init__(self, field: nn.Module, rate: float) -> None:
         super().__init__()
-        _check_noisy(field, "Dropout")
+        field = _noiseless(field, "Dropout")
         if not 0 <= rate < 1:
             raise ValueError(f"rate is the share of entries dropped, in [0, 1), not {rate}: with 1 nothing would be left")
         self.field = field
@@ -274,14 +273,18 @@ class Dropout(StochasticField):
         return f"rate={self.rate}"
 
 
-def _check_noisy(field: Field, whole: str) -> None:
-    """Raise TypeError if `field` cannot be given noise."""
-    if not isinstance(field, Field):
-        raise TypeError(f"{whole} gives noise to a Field, not to a {type(field).__name__}: wrap a module as Autonomous(module)")
+def _noiseless(field: nn.Module, whole: str) -> Field:
+    """`field` as one that can be given noise.
+
+    Raises:
+        TypeError: it cannot.
+    """
+    field = as_field(field, whole)
     if isinstance(field, Momentum):
         raise TypeError(f"Momentum holds the noise inside: write Momentum({whole}(field, ...)), not the reverse")
     if has_noise(field):
         raise TypeError(f"{whole} gives noise to a field that has none yet; this {type(field).__name__} holds some already")
+    return field
 
 
 def _checked_per(per: Per) -> Per:

@@ -7,8 +7,29 @@ from continuum.schemes.reversible import Coupling, Leapfrog, Verlet
 from continuum.schemes.runge_kutta import RK4, Euler, Fractal, Heun, Kutta3, Midpoint, RungeKutta, Tableau
 from continuum.schemes.stochastic import EulerMaruyama, Milstein, StochasticScheme, StochasticTwoStep
 
+SCHEMES: tuple[Scheme, ...] = (
+    Euler(),
+    Midpoint(),
+    Heun(),
+    Kutta3(),
+    RK4(),
+    AdamsBashforth(),
+    LinearTwoStep(),
+    TwoStepMidpoint(),
+    NeumannSeries(),
+    Fractal(),
+    Coupling(),
+    Leapfrog(),
+    Verlet(),
+    EulerMaruyama(),
+    Milstein(),
+    StochasticTwoStep(),
+)
+"""One of each scheme that text can name."""
+
 __all__ = [
     "RK4",
+    "SCHEMES",
     "AdamsBashforth",
     "Coupling",
     "Euler",

@@ -1,12 +1,13 @@
 """The sums of a Runge-Kutta step, x + h sum_i w_i k_i and h sum_i e_i k_i / (atol + rtol max(|x|, |x+|)).
 
+A sum is linear, so its gradient needs none of it: the backward pass hands the gradient to x and h w_i times it to each slope.
 In eager mode a term is one pass over memory that is already there; where the field is compiled, a sum is one fused kernel on a
 GPU. On a CPU both wait for the memory, and the call of a compiled function costs more than the passes that it saves.
 """
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,91 +16,107 @@ from continuum.fields import Field
 from continuum.solvers.packed import Packed
 from continuum.types import State
 
-
-class Arithmetic(NamedTuple):
-    """How the sums are taken: combine(x, h, weights, slopes) and scaled_error(h, weights, slopes, x, x+, rtol, atol)."""
-
-    combine: Callable[[State | None, float, Sequence[float], Sequence[State | None]], State]
-    scaled_error: Callable[[float, Sequence[float], Sequence[State], State, State, float, float], State]
+Sum = Callable[[State, Sequence[float], Sequence[State]], State]
+"""x + sum_i w_i k_i as numbers; every weight counts."""
 
 
-def combine(x: State | None, h: float, weights: Sequence[float], slopes: Sequence[State | None]) -> State:
-    """x + h sum_i w_i k_i without gradient, one pass a term; what is None or has weight zero costs nothing."""
-    total, own = x, False
-    for weight, slope in zip(weights, slopes, strict=False):
-        if slope is None or not weight:
-            continue
-        if own and total is not None:
-            total.add_(slope, alpha=h * weight)
-        else:
-            total = slope * (h * weight) if total is None else torch.add(total, slope, alpha=h * weight)
-            own = True
-    assert total is not None, "a sum needs a term"
+def combine(total: Sum, x: State, h: float, weights: Sequence[float], slopes: Sequence[State]) -> State:
+    """x + h sum_i w_i k_i, differentiable in every way that autograd knows; a weight of zero costs nothing."""
+    terms = [(h * w, k) for w, k in zip(weights, slopes, strict=False) if w]
+    if not terms:
+        return x
+    numbers, used = zip(*terms, strict=True)
+    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        return _Linear.apply(total, numbers, x, *used)  # pyright: ignore[reportReturnType]
+    return total(x, numbers, used)
+
+
+class _Linear(torch.autograd.Function):
+    """x + sum_i w_i k_i as one node of the graph, which saves nothing."""
+
+    @staticmethod
+    def forward(total: Sum, weights: Sequence[float], x: State, *slopes: State) -> State:
+        return total(x, weights, slopes)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: State) -> None:
+        ctx.total, ctx.weights = inputs[:2]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[3:]
+        scaled = (grad * w if needed else None for w, needed in zip(ctx.weights, wanted, strict=True))
+        return None, None, grad, *scaled
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | None:
+        _, _, x, *slopes = tangents
+        terms = [(w, k) for w, k in zip(ctx.weights, slopes, strict=True) if k is not None]
+        parts = [w * k for w, k in terms] if x is None else [x, *(w * k for w, k in terms)]
+        return sum(parts[1:], start=parts[0]) if parts else None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], total: Sum, weights: Any, *states: State) -> tuple[State, int]:
+        batched = [
+            s.expand(info.batch_size, *s.shape) if dim is None else s.movedim(dim, 0)
+            for s, dim in zip(states, in_dims[2:], strict=True)
+        ]
+        return _Linear.apply(total, weights, *batched), 0  # pyright: ignore[reportReturnType]
+
+
+def plain_sum(x: State, weights: Sequence[float], slopes: Sequence[State]) -> State:
+    total = torch.add(x, slopes[0], alpha=weights[0])
+    for weight, slope in zip(weights[1:], slopes[1:], strict=True):
+        total.add_(slope, alpha=weight)
     return total
 
 
-def scaled_error(h: float, weights: Sequence[float], slopes: Sequence[State], x: State, end: State, rtol: float, atol: float):
-    allowed = x.detach().abs()
-    torch.maximum(allowed, end.detach().abs(), out=allowed)
-    torch.add(torch.tensor(atol, dtype=allowed.dtype), allowed, alpha=rtol, out=allowed)
-    return combine(None, h, weights, slopes).div_(allowed)
+def scaled_error(
+    h: float, weights: Sequence[float], slopes: Sequence[State], x: State, end: State, rtol: float, atol: float
+) -> State:
+    """The error of a step in units of what the tolerances allow, without gradient."""
+    (first, *others) = [(h * w, k) for w, k in zip(weights, slopes, strict=False) if w]
+    error = first[1] * first[0]
+    if torch._C._are_functorch_transforms_active():  # where one tensor may be batched and another not
+        return sum((w * k for w, k in others), start=error) / (rtol * torch.maximum(x.abs(), end.abs()) + atol)
+    for weight, slope in others:
+        error.add_(slope, alpha=weight)
+    allowed = torch.maximum(x.abs(), end.abs()).mul_(rtol).add_(atol)
+    return error.div_(allowed)
 
 
-def _sum(x: Tensor, weight: Tensor, weights: Sequence[Tensor], slopes: Sequence[Tensor]) -> Tensor:
-    total = weight * x
+def _fused_total(x: Tensor, weights: Sequence[Tensor], slopes: Sequence[Tensor]) -> Tensor:
+    total = x
     for w, slope in zip(weights, slopes, strict=True):
         total = total + w * slope
     return total
 
 
-def _ratio(weights: Sequence[Tensor], slopes: Sequence[Tensor], x: Tensor, end: Tensor, rtol: Tensor, atol: Tensor) -> Tensor:
-    error = weights[0] * slopes[0]
-    for w, slope in zip(weights[1:], slopes[1:], strict=True):
-        error = error + w * slope
-    return error / (atol + rtol * torch.maximum(x.abs(), end.abs()))
-
-
 @lru_cache
-def _fused(sums: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return torch.compile(sums, dynamic=True)
+def _fused() -> Callable[..., Tensor]:
+    return torch.compile(_fused_total, dynamic=True)
 
 
-# Numbers come in as tensors without axes, and sums of few terms are filled up, so that few kernels serve all steps.
-
-
-def _fused_combine(x: State | None, h: float, weights: Sequence[float], slopes: Sequence[State | None]) -> State:
-    terms = [(h * w, k.detach()) for w, k in zip(weights, slopes, strict=False) if w and k is not None]
-    if not terms:
-        assert x is not None, "a sum needs a term"
-        return x
-    filled = terms + [(0.0, terms[0][1].detach()) for _ in range(-len(terms) % FILL)]
-    first = terms[0][1].detach() if x is None else x.detach()
-    numbers = torch.tensor([0.0 if x is None else 1.0, *(w for w, _ in filled)], dtype=torch.float64).unbind()
-    return _fused(_sum)(first, numbers[0], numbers[1:], [k for _, k in filled])
-
-
-def _fused_scaled_error(
-    h: float, weights: Sequence[float], slopes: Sequence[State], x: State, end: State, rtol: float, atol: float
-) -> State:
-    terms = [(h * w, k.detach()) for w, k in zip(weights, slopes, strict=True) if w]
-    numbers = torch.tensor([rtol, atol, *(w for w, _ in terms)], dtype=torch.float64).unbind()
-    return _fused(_ratio)(numbers[2:], [k for _, k in terms], x.detach(), end.detach(), numbers[0], numbers[1])
+def fused_sum(x: State, weights: Sequence[float], slopes: Sequence[State]) -> State:
+    """The sum by one kernel; short ones are filled up with zeros, so that few kernels serve all steps."""
+    filled = [*weights, *[0.0] * (-len(weights) % FILL)]
+    terms = [*slopes, *[slopes[0]] * (len(filled) - len(slopes))]
+    # Numbers as tensors without axes are arguments of the kernel, not constants of it.
+    return _fused()(x, torch.tensor(filled, dtype=torch.float64).unbind(), terms)
 
 
 FILL = 7
 """Sums are filled up to a multiple of so many terms: those of dopri5."""
 
-EAGER = Arithmetic(combine, scaled_error)
-FUSED = Arithmetic(_fused_combine, _fused_scaled_error)
 
-
-def arithmetic_of(field: Field, device: torch.device) -> Arithmetic:
+def sum_for(field: Field, device: torch.device) -> Sum:
     """Fused sums where the field was compiled in place, but not on a CPU."""
-    return FUSED if device.type != "cpu" and any(part._compiled_call_impl is not None for part in _parts(field)) else EAGER
+    compiled = device.type != "cpu" and any(part._compiled_call_impl is not None for part in _parts(field))
+    return fused_sum if compiled else plain_sum
 
 
 def compile_field(field: Field) -> None:
-    """Compile `field` in place: layer by layer if it jumps, since the depth, a number, would be a constant of the graph."""
+    """Compile `field` in place: piece by piece if it jumps, since the depth, a number, would be a constant of the graph."""
     for part in _parts(field):
         if part._compiled_call_impl is None:
             part.compile()

@@ -2,10 +2,10 @@
 
 from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -46,11 +46,18 @@ class Solver(ABC):
     """Repeats steps from the first of `times` to the last and decides how gradients come back."""
 
     @abstractmethod
-    def __call__(self, field: Field, x: State, times: Sequence[float], previous: State | None = None) -> Solution:
+    def __call__(
+        self, field: Field, x: State, times: Sequence[float], previous: State | None = None, exact: bool = False
+    ) -> Solution:
         """Solve dx/dt = field(t, x) from x at times[0]; `times` are strictly monotone, in either direction.
 
-        `previous` is the state one layer before x, for multistep schemes; other solvers have no use for it.
+        `previous` is the state one layer before x, for multistep schemes; other solvers have no use for it. The state at the
+        last time is the end of a step; those at times in between may be read off the steps, unless `exact` is asked for.
         """
+
+    def depths(self, times: Tensor) -> list[float]:
+        """The depths that `times` stand for, shape (n,)."""
+        return times.tolist()
 
     def check(self, field: Field) -> None:
         """Raise TypeError if this solver cannot solve `field`."""
@@ -63,6 +70,11 @@ class Solver(ABC):
     @property
     def adaptive(self) -> bool:
         """Whether the size of an error chooses the steps: they may end at any depth, and a solve may fail."""
+        return False
+
+    @property
+    def forward_only(self) -> bool:
+        """Whether its solutions have no gradient."""
         return False
 
     def steps(self, start: float, stop: float) -> list[Step] | None:
@@ -184,7 +196,8 @@ def rows_not_finite(*tensors: Tensor) -> list[int]:
     """The batch rows in which any of the tensors has a NaN or an infinity."""
     bad: set[int] = set()
     for tensor in tensors:
-        finite = torch.isfinite(tensor.detach()).reshape(tensor.shape[0], tensor.shape[1:].numel()).all(dim=1)
+        rows = tensor.detach().reshape(tensor.shape[0] if tensor.dim() else 1, -1) if tensor.numel() else tensor.new_ones(1, 1)
+        finite = torch.isfinite(rows).all(dim=1)
         bad.update(torch.nonzero(~finite).flatten().tolist())
     return sorted(bad)
 
@@ -194,13 +207,15 @@ def needs_grad(field: Field, x: State) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in field.parameters()))
 
 
-def check_closed(edge: GradientEdge | None, x: State, field: Field, solver: str) -> None:
-    """Raise TypeError if the graph of field(t, x), from `edge` on, leads to anything but x and the field's parameters.
+def check_closed(edge: GradientEdge | None, known: Iterable[Tensor], solver: str) -> None:
+    """Raise TypeError if the graph from `edge` on leads to anything that requires a gradient but the `known` tensors.
 
-    A gradient that a solve computes by hand would be lost there, in silence.
+    A gradient that a solve computes inside its own backward pass would be lost there, in silence.
     """
-    known = [get_gradient_edge(tensor).node for tensor in (x, *field.parameters()) if tensor.requires_grad]
-    seen, ahead = set(known), [edge.node if edge else None]
+    if edge is None:
+        return
+    seen: set[Any] = {get_gradient_edge(tensor).node for tensor in known if tensor.requires_grad}
+    ahead = [edge.node]
     while ahead:
         node = ahead.pop()
         if node is None or node in seen:
@@ -211,9 +226,18 @@ def check_closed(edge: GradientEdge | None, x: State, field: Field, solver: str)
             raise TypeError(
                 f"this field uses a tensor of shape {tuple(leaf.shape)} that requires a gradient and is neither its "
                 f"state nor one of its parameters, and {solver} would lose that gradient: make it a parameter or a component "
-                "of the state, detach it, or let autograd see all steps: FixedStep or engine='torchdiffeq'"
+                "of the state, detach it, or let autograd see all steps: gradient='direct' or 'checkpoint'"
             )
         ahead += [following for following, _ in node.next_functions]
+
+
+def refuse_create_graph(solver: str) -> None:
+    """Raise RuntimeError in a backward pass that is to be differentiated again."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{solver} computes its gradient by hand and can be differentiated once only (create_graph=True was asked for): to "
+            "differentiate twice, take gradient='direct'"
+        )
 
 
 def cut_at_knots(knots: Sequence[float], start: float, stop: float) -> list[float]:

@@ -12,7 +12,7 @@ from continuum.types import State
 
 @torch.compiler.disable
 def solve_between_graphs(
-    solver: Solver, field: Field, x: State, times: Sequence[float], previous: State | None = None
+    solver: Solver, field: Field, x: State, times: Sequence[float], previous: State | None = None, exact: bool = False
 ) -> Solution:
     compile_field(field)
-    return solver(field, x, times, previous)
+    return solver(field, x, times, previous, exact)

@@ -139,7 +139,9 @@ class Brownian(Solver):
                     f"{type(noisy).__name__} they do. Take the method 'euler' with the direct gradient"
                 )
 
-    def __call__(self, field: Field, x: State, times: Sequence[float], previous: State | None = None) -> Solution:
+    def __call__(
+        self, field: Field, x: State, times: Sequence[float], previous: State | None = None, exact: bool = False
+    ) -> Solution:
         if not any(noisy.training for noisy in stochastic_fields(field)):
             return self.without_noise()(without_noise(field), x, times)
         start, stop = times[0], times[-1]

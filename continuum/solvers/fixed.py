@@ -1,11 +1,10 @@
 """Fixed steps: x_{n+1} = step(t_n, x_n, h) on a grid known beforehand; with Euler and h = 1, a residual network."""
 
 import inspect
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import count, pairwise
-from typing import Literal, get_args
+from itertools import pairwise
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +12,21 @@ from torch.utils.checkpoint import checkpoint
 
 from continuum.fields import Field
 from continuum.schemes import Memory, Milstein, ReversibleScheme, Scheme, StochasticScheme
-from continuum.solvers.base import Cost, Solution, Solver, Step, needs_grad, option_text, refuse_noise, statistics_untouched
+from continuum.schemes.base import inside
+from continuum.solvers.arithmetic import combine, plain_sum
+from continuum.solvers.base import (
+    Cost,
+    Solution,
+    Solver,
+    Step,
+    needs_grad,
+    option_text,
+    refuse_noise,
+    statistics_untouched,
+)
+from continuum.solvers.recompute import Recomputation
 from continuum.solvers.reversible import solve_reversibly
 from continuum.types import State
-from continuum.weights import PiecewiseConstant
 
 Gradient = Literal["direct", "reversible", "checkpoint"]
 
@@ -65,15 +75,7 @@ class FixedStep(Solver):
                 f"gradient='reversible' needs a scheme that can undo its steps, such as Coupling(), Verlet() or "
                 f"TwoStepMidpoint(); {type(self.scheme).__name__} cannot"
             )
-        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
-            raise ValueError(
-                f"every counts the steps from one stored state to the next, an integer from 1 on, not {self.every!r}"
-            )
-        if self.every != 1 and self.gradient != "checkpoint":
-            raise ValueError(
-                f"every={self.every} says which states gradient='checkpoint' stores; gradient={self.gradient!r} has no use for "
-                "it: leave one of them out"
-            )
+        check_every(self.every, self.gradient)
         if self.grid is not None:
             self._check_grid(self.grid)
         elif not (0 < self.h < float("inf") and _whole(self.h if self.h >= 1 else 1 / self.h)):
@@ -154,16 +156,76 @@ class FixedStep(Solver):
         way = grid[first : last + 1] if first < last else grid[last : first + 1][::-1]
         return [(a, b - a) for a, b in pairwise(way)]
 
-    def __call__(self, field: Field, x: State, times: Sequence[float], previous: State | None = None) -> Solution:
-        legs = [self.steps(start, stop) for start, stop in pairwise(times)]
-        steps = [step for leg in legs for step in leg]
+    def depths(self, times: Tensor) -> list[float]:
+        """Times of less than float64's precision that stand for points of the grid become these points."""
+        exact = times.detach().double()
+        if times.dtype == torch.float64 or not times.is_floating_point():
+            return exact.tolist()
+        if self.grid is not None:
+            points = torch.tensor(self.grid, dtype=torch.float64)
+            near = points[(exact.cpu()[:, None] - points).abs().argmin(dim=1)].to(exact.device)
+        else:
+            near = (exact / self.h).round() * self.h if self.h >= 1 else (exact * round(1 / self.h)).round() / round(1 / self.h)
+        return torch.where(near.to(times.dtype) == times.detach(), near, exact).tolist()
+
+    def __call__(
+        self, field: Field, x: State, times: Sequence[float], previous: State | None = None, exact: bool = False
+    ) -> Solution:
+        steps = self.steps(times[0], times[-1])
+        places = [self._place(t, times[0], steps) for t in times]
+        between = [place for place in places if not isinstance(place, int)]
+        if between and (exact or isinstance(self.scheme, StochasticScheme)):
+            for start, stop in pairwise(times):
+                self.steps(start, stop)  # says which time is off the grid
         memory = self.scheme.begin(field, x, previous, steps)
-        states = [x]
-        for leg in legs:
-            x, memory = self._solve(field, x, memory, leg)
-            states.append(x)
+        ends = {place for place in places if isinstance(place, int)} | {n for n, _ in between} | {n + 1 for n, _ in between}
+        states, taken = {0: x}, 0
+        for end in sorted(ends - {0}):
+            x, memory = self._solve(field, x, memory, steps[taken:end])
+            states[end], taken = x, end
+        read, evaluations = self._read(field, steps, states, between)
+        inner = iter(read)
+        found = [states[place] if isinstance(place, int) else next(inner) for place in places]
         grid = (*(t for t, _ in steps), times[-1])
-        return Solution(states, Cost(self.scheme.evaluations(field, steps), len(steps), 0, grid))
+        return Solution(found, Cost(self.scheme.evaluations(field, steps) + evaluations, len(steps), 0, grid))
+
+    def _place(self, t: float, start: float, steps: Sequence[Step]) -> "int | tuple[int, float]":
+        """Behind how many steps the depth t lies; of a depth inside a step, its number and the share of it before t."""
+        t, start = _constant(t), _constant(start)
+        if self.grid is None:
+            way = (t - start) / abs(steps[0][1])
+            count = abs(way)
+            if _whole(count):
+                return round(count)
+        else:
+            ends = [steps[0][0], *(a + h for a, h in steps)]
+            if t in self.grid:
+                return min(range(len(ends)), key=lambda n: abs(ends[n] - t))
+            count = float(sum(abs(end - start) < abs(t - start) for end in ends[1:]))
+        n = int(count)
+        depth, h = steps[n]
+        return n, (t - depth) / h
+
+    def _read(
+        self, field: Field, steps: Sequence[Step], states: dict[int, State], between: Sequence[tuple[int, float]]
+    ) -> tuple[list[State], int]:
+        """The states inside steps by Hermite's cubic, whose slopes at the ends of a step cost an evaluation each."""
+        slopes: dict[tuple[int, float], State] = {}
+
+        def slope(n: int, c: int) -> State:
+            t, h = steps[n]
+            depth = inside(field.knots, t, h, c, states[n].dtype)
+            if (n + c, depth) not in slopes:
+                with statistics_untouched(field):
+                    slopes[n + c, depth] = field(depth, states[n + c]).to(states[n].dtype)
+            return slopes[n + c, depth]
+
+        read: list[State] = []
+        for n, s in between:
+            h = steps[n][1]
+            weights = (s * s * (3 - 2 * s), h * s * (1 - s) ** 2, h * s * s * (s - 1))
+            read.append(combine(plain_sum, states[n], 1.0, weights, (states[n + 1] - states[n], slope(n, 0), slope(n, 1))))
+        return read, len(slopes)
 
     def _solve(self, field: Field, x: State, memory: Memory, steps: Sequence[Step]) -> tuple[State, Memory]:
         """The state and memory after `steps`."""
@@ -181,24 +243,26 @@ class FixedStep(Solver):
         return x, memory
 
     def _take_twice(self, field: Field, x: State, memory: Memory, steps: Sequence[Step]) -> tuple[State, Memory]:
-        """Takes the steps without storing what is inside them, and again on the way back, where it is needed."""
+        """The steps, of whose graph the inputs alone are stored; the backward pass takes them again."""
+
+        def take(x: State, *memory: Any) -> tuple[State, Memory]:
+            return self._take(field, x, memory, steps)
+
         if torch.compiler.is_compiling():  # a graph moves running statistics once, whatever it recomputes
-            return checkpoint(lambda x: self._take(field, x, memory, steps), x, use_reentrant=False)
-        part, runs = _on_the_way(field, steps), count()
-        known = [(tensor, tensor._version) for tensor in (*part.parameters(), *memory) if isinstance(tensor, Tensor)]
+            return checkpoint(take, x, *memory, use_reentrant=False)
+        layers = [field.at(inside(field.knots, t, h, c, x.dtype)) for t, h in steps for c in (0, 1)]
+        return Recomputation(layers)(take, x, *memory)
 
-        def take(x: State) -> tuple[State, Memory]:
-            if next(runs) == 0:
-                return self._take(field, x, memory, steps)
-            if any(tensor._version != version for tensor, version in known):
-                raise RuntimeError(
-                    "a weight or a state has been modified by an inplace operation between the forward and the backward pass: "
-                    "gradient='checkpoint' takes the steps again and would take others. Change weights after the backward pass"
-                )
-            with statistics_untouched(part):
-                return self._take(field, x, memory, steps)
 
-        return checkpoint(take, x, use_reentrant=False)
+def check_every(every: int, gradient: str) -> None:
+    """Raise ValueError unless `every` is a number of steps, and of use."""
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"every counts the steps from one stored state to the next, an integer from 1 on, not {every!r}")
+    if every != 1 and gradient != "checkpoint":
+        raise ValueError(
+            f"every={every} says which states gradient='checkpoint' stores; gradient={gradient!r} has no use for it: leave one "
+            "of them out"
+        )
 
 
 def compile_whole(module: nn.Module) -> None:
@@ -227,11 +291,3 @@ def _constant(number: float) -> float:
 
 def _whole(number: float) -> bool:
     return abs(number - round(number)) <= 1e-9 * max(1.0, abs(number))
-
-
-def _on_the_way(field: Field, steps: Sequence[Step]) -> nn.Module:
-    """What of `field` the steps evaluate: a few of its layers, or all of it."""
-    if not isinstance(field, PiecewiseConstant):
-        return field
-    start, (t, h) = steps[0][0], steps[-1]
-    return field.layers[math.floor(min(start, t + h)) : math.ceil(max(start, t + h))]

@@ -4,11 +4,14 @@ A field that jumps is solved from knot to knot: each piece is smooth, ends exact
 its far side. The step size is carried from piece to piece.
 """
 
-from typing import TYPE_CHECKING, cast
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torchdiffeq
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torchdiffeq._impl.odeint import SOLVERS
 
 from continuum.fields import Field
@@ -18,20 +21,31 @@ from continuum.solvers.base import (
     CHECK_INPUTS,
     LOOSER,
     Cost,
+    Solution,
     SolveError,
     check_closed,
+    cut_at_knots,
+    refuse_create_graph,
     rows_not_finite,
     statistics_untouched,
 )
-from continuum.solvers.norms import NORMS
 from continuum.solvers.packed import components
 from continuum.solvers.pairs import PAIRS
-from continuum.solvers.replay import Precision, with_parameters
-from continuum.solvers.stepping import evaluated
+from continuum.solvers.recompute import Precision, holding, slots_of
 from continuum.types import State, Time
 
 if TYPE_CHECKING:
     from continuum.solvers.adaptive import Adaptive
+
+
+def solve_by_library(solver: "Adaptive", field: Field, x: State, times: Sequence[float]) -> Solution:
+    """The states at `times`, each the end of a piece that torchdiffeq integrates."""
+    library, states = LibrarySolve(solver, field, times[0]), [x]
+    for leg in pairwise(times):
+        for start, stop in pairwise(cut_at_knots(field.knots, *leg)):
+            x = library.piece(x, start, stop)
+        states.append(x)
+    return Solution(states, library.cost())
 
 
 class LibrarySolve:
@@ -45,9 +59,14 @@ class LibrarySolve:
         self.attempts = 0
         self.step = solver.first_step
         self.adjoint = solver.gradient != "direct" and torch.is_grad_enabled()
+        # What the adjoint differentiates with respect to: an alias of each parameter, so that hooks on parameters run once,
+        # where autograd hands the whole gradient on, and not at every evaluation of the backward pass.
+        self.slots = slots_of([field], buffers=False) if self.adjoint else []
+        made = {slot.tensor: slot.tensor.view_as(slot.tensor) for slot in self.slots if slot.tensor.requires_grad}
+        self.aliases = {i: made[slot.tensor] for i, slot in enumerate(self.slots) if slot.tensor in made}
 
     def norm(self, error: Tensor) -> Tensor:
-        return NORMS[self.solver.norm](components(self.field, error))
+        return self.solver.control.size(components(self.field, error))
 
     def cost(self) -> Cost:
         accepted = len(self.grid) - 1
@@ -94,11 +113,25 @@ class LibrarySolve:
                 method=solver.method,
                 options=options,
                 adjoint_options=backward,
-                adjoint_params=tuple(self.field.parameters()),
+                adjoint_params=tuple(dict.fromkeys(self.aliases.values())),
             )
-            return cast(Tensor, states)
+            return cast(Tensor, _Once.apply(states, str(solver)))
         except AssertionError:  # torchdiffeq's way of saying that the state is not finite
             raise equation.error("the state is not finite", self.grid[-1], self.step or 0.0, x) from None
+
+
+class _Once(torch.autograd.Function):
+    """The states as they are, whose gradient refuses to be differentiated: torchdiffeq's would be a constant, in silence."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, solver: str) -> Tensor:
+        ctx.solver = solver
+        return states.clone()  # torchdiffeq stores its own, which whoever comes next may change in place
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        refuse_create_graph(ctx.solver)
+        return grad, None
 
 
 class _Equation:
@@ -115,9 +148,7 @@ class _Equation:
         self.clamp = (self.first, self.last) != (start, stop)
         self.known: tuple[State, State] | None = None  # a state and its slope, evaluated before torchdiffeq asks
         self.recent: list[Tensor] = []  # slopes since the last accepted step, to name the rows at fault
-        self.closed = False
         self.precision = Precision.now(x.device)
-        self.parameters = dict(solve.field.named_parameters())
 
     def evaluate(self, t: Time, x: State) -> State:
         solve = self.solve
@@ -137,21 +168,28 @@ class _Equation:
 
     def _adjoint_slope(self, t: Time, x: State) -> State:
         """f(t, x) as numbers; with a graph while it lasts, for fields that differentiate inside and to see where it leads."""
-        evaluation, slope = evaluated(self.solve.field, t, x)
-        if not self.closed:
-            self.closed = True
-            check_closed(evaluation.edge, evaluation.x, self.solve.field, str(self.solve.solver))
-        return slope
+        x = x.detach().requires_grad_()
+        with torch.enable_grad(), holding(self.solve.aliases, self.solve.slots):
+            slope = checked(self.solve.field(t, x), x).to(x.dtype)
+        self._check_closed(x, slope)
+        return slope.detach()
+
+    def _check_closed(self, x: State, slope: State) -> None:
+        edge = get_gradient_edge(slope) if slope.requires_grad else None
+        check_closed(edge, (x, *self.solve.aliases.values()), str(self.solve.solver))
 
     __call__ = evaluate
 
     def _recompute(self, t: Time, x: State) -> State:
         """The field in the adjoint's backward pass: as in the forward pass, and without touching BatchNorm's buffers."""
         self.backward_evaluations += 1
+        field = self.solve.field
         if self.backward_evaluations > self.solve.solver.max_evaluations:
             raise self.error("the evaluation budget is spent in the adjoint's backward solve", t, 0.0)
-        with statistics_untouched(self.solve.field), self.precision.again():
-            slope = with_parameters(self.solve.field, self.parameters)(t, x).to(x.dtype)
+        with statistics_untouched(field), self.precision.again(), holding(self.solve.aliases, self.solve.slots):
+            slope = field(t, x).to(x.dtype)
+        if torch.is_grad_enabled():
+            self._check_closed(x, slope)
         if torch.is_grad_enabled() and not slope.requires_grad:
             slope = slope + 0 * x  # torchdiffeq differentiates it, whatever it depends on
         if not torch.isfinite(slope).all():
@@ -159,28 +197,26 @@ class _Equation:
         return slope
 
     def first_step(self, x: State, start: float, stop: float) -> float:
-        """A first step from the size of the field and of its change (Hairer, Norsett, Wanner I, II.4).
-
-        torchdiffeq's own choice lets the gradient through; here step sizes are constants.
-        """
-        solve, solver, way = self.solve, self.solve.solver, 1.0 if stop > start else -1.0
-        t = torch.tensor(start, dtype=x.dtype, device=x.device)
+        """A first step size, chosen without a gradient: torchdiffeq's own choice would let it through."""
+        solve, solver = self.solve, self.solve.solver
+        t = torch.tensor(start, dtype=torch.float64, device=x.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and solver.gradient == "direct"):
             slope = self.evaluate(t, x)
         with torch.no_grad():
-            if self.rows(x, slope):
-                raise self.error("the state or its field is not finite", start, 0.0, x)
-            scale = solver.atol + solver.rtol * x.abs()
-            size, speed = float(solve.norm(x / scale)), float(solve.norm(slope / scale))
-            h = 1e-6 if size < 1e-5 or speed < 1e-5 else 0.01 * size / speed
-            change = float(solve.norm((self.evaluate(t + way * h, x + way * h * slope) - slope) / scale)) / h
+            h = solver.control.first(
+                self.evaluate,
+                lambda state: components(solve.field, state),
+                x,
+                slope,
+                SOLVERS[solver.method].order,
+                (start, stop),
+            )
         self.known = x, slope
-        fastest = max(speed, change)
-        order = SOLVERS[solver.method].order
-        h = min(100 * h, (0.01 / fastest) ** (1 / order) if fastest > 1e-15 else max(1e-6, h * 1e-3))
-        if not h > 0:  # also when NaN
-            raise self.error("the field is not finite", start, h, x)
-        return min(h, solver.max_step)
+        if not 0 < h < float("inf"):
+            broken = self.rows(x, slope)
+            reason = "the state or its field is not finite" if broken else "the field is not finite near the start"
+            raise self.error(reason, start, 0.0, x)
+        return h
 
     def callback_step(self, t: Tensor, x: State, h: Tensor) -> None:
         solve, step = self.solve, float(h)

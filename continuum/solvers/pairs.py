@@ -1,10 +1,15 @@
 """Embedded Runge-Kutta pairs: from the same stages k_i a step x + h sum_i b_i k_i and its error h sum_i e_i k_i.
 
-The coefficients are those of the installed torchdiffeq, read when they are needed.
+Between the ends of a step the state is read off its dense output, a polynomial in the share s of the step,
+
+    x(s) = x + h sum_i w_i(s) k_i,    w_i(s) = sum_p d_pi s^p,
+
+Hermite's cubic for pairs of order 3 and less, the quartic through the pair's own midpoint for those of order 5. The
+coefficients are those of the installed torchdiffeq, read when they are needed.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from torchdiffeq._impl.odeint import SOLVERS
 from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver
@@ -16,24 +21,46 @@ PAIRS = tuple(name for name, solver in SOLVERS.items() if issubclass(solver, RKA
 METHODS = PAIRS + tuple(name for name, solver in SOLVERS.items() if issubclass(solver, ScipyWrapperODESolver))
 """The adaptive methods of the installed torchdiffeq."""
 
+Row = tuple[float, ...]
+
 
 @dataclass(frozen=True)
 class Pair:
-    """c, a and b as in a Butcher tableau, the weights e of the error, and the order of the step."""
+    """c, a and b as in a Butcher tableau, the weights e of the error, those of the midpoint, and the order of the step."""
 
-    c: tuple[float, ...]
-    a: tuple[tuple[float, ...], ...]
-    b: tuple[float, ...]
-    e: tuple[float, ...]
+    c: Row
+    a: tuple[Row, ...]
+    b: Row
+    e: Row
+    middle: Row
     order: int
 
-    @property
+    @cached_property
     def reuses_last(self) -> bool:
         """Whether the last stage is f at the new point, and so the first one of the next step.
 
-        adaptive_heun and fehlberg2 hand their last stage on without that.
+        The last stages of adaptive_heun and fehlberg2 are not.
         """
         return self.c[-1] == 1 and self.a[-1] == self.b[:-1] and self.b[-1] == 0
+
+    @cached_property
+    def dense(self) -> tuple[Row, ...] | None:
+        """d_pi for p = 1, 2, ...: a column a stage, and behind them f at the new point if that is no stage.
+
+        None where no polynomial is as good as the step: dopri8's quartic would lose four orders.
+        """
+        if self.order > 5:
+            return None
+        new = [] if self.reuses_last else [0.0]
+        b, m = [*self.b, *new], [*self.middle, *new]
+        first = [1.0] + [0.0] * (len(b) - 1)
+        last = first[::-1]
+        if self.order < 4:
+            rows = [(1, 0, 0), (-2, -1, 3), (1, 1, -2)]
+            return tuple(tuple(p * f + q * g + r * w for f, g, w in zip(first, last, b, strict=True)) for p, q, r in rows)
+        quartic = [(1, 0, 0, 0), (-4, 1, -5, 16), (5, -3, 14, -32), (-2, 2, -8, 16)]
+        columns = list(zip(first, last, b, m, strict=True))
+        return tuple(tuple(p * f + q * g + r * w + s * v for f, g, w, v in columns) for p, q, r, s in quartic)
 
 
 @lru_cache
@@ -45,6 +72,7 @@ def pair_of(method: str) -> Pair:
         a=((), *(tuple(row.tolist()) for row in tableau.beta)),
         b=tuple(tableau.c_sol.tolist()),
         e=tuple(tableau.c_error.tolist()),
+        middle=tuple(solver.mid.tolist()),
         order=solver.order,
     )
 

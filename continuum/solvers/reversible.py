@@ -5,20 +5,30 @@ steps are one autograd function, which returns the gradients of the parameters i
 accept a backward pass within the backward pass).
 """
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from continuum.fields import Field
 from continuum.schemes import Memory, ReversibleScheme
-from continuum.solvers.base import check_closed, statistics_untouched
-from continuum.solvers.replay import Gradients, Precision, RandomState, as_drawn, random_state, unless_unused
+from continuum.solvers.base import check_closed, refuse_create_graph, statistics_untouched
+from continuum.solvers.recompute import (
+    Gradients,
+    Precision,
+    RandomState,
+    aliases_of,
+    as_drawn,
+    holding,
+    random_state,
+    slots_of,
+    unless_unused,
+)
 from continuum.types import State
 
 Step = tuple[float, float]
@@ -28,30 +38,33 @@ def solve_reversibly(
     scheme: ReversibleScheme, field: Field, x: State, memory: Memory, steps: Sequence[Step]
 ) -> tuple[State, Memory]:
     """The state and memory after `steps`, with a gradient that stores only these two, whatever the number of steps."""
-    parameters = tuple(p for p in field.parameters() if p.requires_grad)
-    run = _Run(scheme, field, steps, has_memory=bool(memory), parameters=parameters)
-    x, *memory_after = _Reversible.apply(run, x, *memory, *parameters)  # pyright: ignore[reportGeneralTypeIssues]
+    run = _Run(scheme, field, steps, has_memory=bool(memory))
+    x, *memory_after = _Reversible.apply(run, x, *memory, *run.parameters)  # pyright: ignore[reportGeneralTypeIssues]
     return x, tuple(memory_after)
 
 
-@dataclass
 class _Run:
     """One solve: what the forward pass leaves for the backward pass, beside the end state."""
 
-    scheme: ReversibleScheme
-    field: Field
-    steps: Sequence[Step]
-    has_memory: bool
-    parameters: tuple[nn.Parameter, ...]
-    # For each evaluation, in order, the state of the random numbers before it, if it drew any.
-    random: list[RandomState | None] = dataclasses.field(default_factory=list)
-    precision: Precision | None = None
-    closed: set[Field] = dataclasses.field(default_factory=set)
-    """The parts whose gradient is known to lead to their state and parameters alone."""
+    def __init__(self, scheme: ReversibleScheme, field: Field, steps: Sequence[Step], has_memory: bool) -> None:
+        self.scheme, self.field, self.steps, self.has_memory = scheme, field, steps, has_memory
+        self.slots = slots_of([field], buffers=False)
+        self.aliases = aliases_of(self.slots)
+        self.parameters = tuple(dict.fromkeys(self.slots[i].tensor for i in self.aliases))
+        # For each evaluation, in order, the state of the random numbers before it, if it drew any.
+        self.random: list[RandomState | None] = []
+        self.precision: Precision | None = None
 
     def forward(self, x: State, memory: Memory) -> tuple[State, Memory]:
         device = x.device
         self.precision = Precision.now(device)
+        buffers = [
+            (b, b._version)
+            for m in self.field.modules()
+            if not isinstance(m, _BatchNorm)
+            for b in m._buffers.values()
+            if b is not None
+        ]
 
         def evaluate(part: Field, t: float, x: State) -> State:
             before = random_state(device)
@@ -61,17 +74,26 @@ class _Run:
 
         for t, h in self.steps:
             x, memory = self.scheme.forth(evaluate, self.field, t, x, h, memory)
+        if any(buffer._version != version for buffer, version in buffers):
+            raise TypeError(
+                "this field moves buffers that its values may depend on, as spectral_norm does in training mode, and "
+                "gradient='reversible' would evaluate it again with later ones: take gradient='direct' or 'checkpoint'"
+            )
         return x, memory
 
     def backward(self, x: State, memory: Memory, grads: list[Tensor]) -> tuple[list[Tensor], Gradients]:
         """The gradients of the first state and memory, and of the parameters, from those of the last state and memory."""
         total, random = Gradients(), list(self.random)
         assert self.precision is not None, "forward comes first"
-        with self.precision.again():
+        with self.precision.again(), holding(self.aliases, self.slots):
             for index in reversed(range(len(self.steps))):
                 first = index == 0 and not self.has_memory
                 x, memory, grads = self._step_back(index, x, memory, grads, first, random, total)
         return grads, total
+
+    def of_parameters(self, total: Gradients) -> list[Tensor | None]:
+        """The gradients of `parameters`, from those of their aliases."""
+        return [total.get(alias) for alias in dict.fromkeys(self.aliases.values())]
 
     def _step_back(
         self,
@@ -91,10 +113,9 @@ class _Run:
             drawn = random.pop()
             with torch.enable_grad(), statistics_untouched(part), as_drawn(drawn, y.device):
                 slope = part(t, y)
-            if part not in self.closed:
-                check_closed(get_gradient_edge(slope) if slope.requires_grad else None, y, part, "gradient='reversible'")
-                self.closed.add(part)
-            made.append(_Evaluation(y, slope, tuple(p for p in part.parameters() if p.requires_grad)))
+            aliases = tuple(p for p in part.parameters() if p.requires_grad)
+            check_closed(get_gradient_edge(slope) if slope.requires_grad else None, (y, *aliases), "gradient='reversible'")
+            made.append(_Evaluation(y, slope, aliases))
             return slope.detach()
 
         def known(part: Field, t: float, y: State) -> State:
@@ -103,7 +124,7 @@ class _Run:
         with torch.no_grad():
             x, memory = scheme.back(again, self.field, t, x, h, memory, first)
         leaves = [tensor.detach().requires_grad_() for tensor in (x, *memory)]
-        coefficients = [p for p in scheme.coefficients(self.field, t) if p.requires_grad]
+        coefficients = [k for k in scheme.coefficients(self.field, t) if isinstance(k, Tensor) and k.requires_grad]
         with torch.enable_grad():
             after, memory_after = scheme.forth(known, self.field, t, leaves[0], h, tuple(leaves[1:]))
         outputs = [(out, grad) for out, grad in zip((after, *memory_after), grads, strict=True) if out.requires_grad]
@@ -121,7 +142,7 @@ class _Evaluation:
 
     x: State
     slope: State
-    parameters: tuple[nn.Parameter, ...]
+    parameters: tuple[Tensor, ...]
 
 
 class _Reversible(torch.autograd.Function):
@@ -137,12 +158,12 @@ class _Reversible(torch.autograd.Function):
         return x, *memory
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         run: _Run = ctx.run
+        refuse_create_graph("gradient='reversible'")
         x, *memory = ctx.saved_tensors[: len(grads)]
         before, found = run.backward(x, tuple(memory), list(grads))
-        return None, *before, *(found.get(parameter) for parameter in run.parameters)
+        return None, *before, *run.of_parameters(found)
 
 
 class _Known(torch.autograd.Function):

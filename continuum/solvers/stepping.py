@@ -1,134 +1,74 @@
 """One adaptive solve: attempt a step, keep it where its error meets the tolerance, and choose the size of the next.
 
-    ratio = | h sum_i e_i k_i / (atol + rtol max(|x|, |x+|)) |,    kept where ratio <= 1
-    h+ = h min(10, max(0.9 ratio^(-1/order), 1 if kept else 0.2))
-
-These are torchdiffeq's rules, for pairs whose last stage is the next first one. What differs is the cost: stages are tensors
-of their own, depths and sizes are Python floats, the device is waited for once an attempt (the ratio) and once for the first
-size, a step ends where a state is wanted, so that nothing is interpolated.
+The steps are torchdiffeq's (see `control`). What differs is the cost: stages are tensors of their own, depths and sizes are
+Python floats, and the device is waited for once an attempt (the ratio) and once for the first size. All of it is a plain loop
+under autograd, in which step sizes are constants and rejected attempts are dropped; so the gradient is that of the accepted
+steps, whatever autograd is asked for.
 """
 
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from continuum.fields import Field
 from continuum.fields.base import checked
 from continuum.schemes.base import inside
-from continuum.solvers.arithmetic import Arithmetic, arithmetic_of
-from continuum.solvers.base import Cost, SolveError, advice, check_closed, cut_at_knots, rows_not_finite
-from continuum.solvers.norms import NORMS, any_rank
+from continuum.solvers.arithmetic import combine, scaled_error, sum_for
+from continuum.solvers.base import Cost, SolveError, advice, cut_at_knots, rows_not_finite
+from continuum.solvers.control import StepControl, any_rank
 from continuum.solvers.packed import components
-from continuum.solvers.pairs import Pair, pair_of
-from continuum.solvers.replay import RandomState, random_state, unless_unused
+from continuum.solvers.pairs import Pair
+from continuum.solvers.recompute import Recomputation, random_state, unless_unused
 from continuum.types import State, Time
 
-if TYPE_CHECKING:
-    from continuum.solvers.adaptive import Adaptive
-
-Keep = Literal["nothing", "graphs", "states"]
-"""What a solve keeps for its gradient: nothing, the graph of every evaluation, or what is needed to evaluate again."""
-
-Evaluate: TypeAlias = Callable[[float, State], State]
-"""f(t, x) as numbers, without a gradient."""
-
-SAFETY, LARGEST_GROWTH, LARGEST_CUT = 0.9, 10.0, 0.2
-"""torchdiffeq's numbers."""
-
 
 @dataclass
-class Evaluation:
-    """The graph behind a value of the field: its leaf x, and the edge it comes out at (None if nothing needs a gradient)."""
+class Attempt:
+    """A step that was tried from depth t: its signed size h, where it ends, and the depths of its stages and of its new point.
 
-    x: State
-    edge: GradientEdge | None
-
-
-@dataclass
-class Repeat:
-    """What it takes to evaluate the field once more as it was: where, and the random numbers it drew."""
-
-    depth: float
-    x: State
-    random: RandomState | None
-    version: int
-    """That of x, which changes when x is written to."""
-
-
-@dataclass
-class Step:
-    """An accepted step, as its gradient needs it.
-
-    Its new state is made of the value at its `start`, and of those behind it: their graphs, in `evaluations`, or what it takes
-    to repeat them, the value at the start (`slope`) and where they were (x is not known before they are repeated). `output`
-    says which of the requested states the step ends in, if in any.
+    `shares` are the parts of an accepted step at which a state is wanted.
     """
-
-    h: float
-    start: Evaluation | Repeat
-    evaluations: list[Evaluation] = field(default_factory=list)
-    slope: State | None = None
-    depths: Sequence[float] = ()
-    random: Sequence[RandomState | None] = ()
-    output: int | None = None
-
-
-@dataclass
-class Point:
-    """Where a solve is: the state at depth t, the slope there, and how that came about."""
 
     t: float
-    x: State
-    slope: State
-    origin: Evaluation | Repeat | None
-
-
-def evaluated(field: Callable[[Time, State], State], t: Time, x: State) -> tuple[Evaluation, State]:
-    """f(t, x) with its graph, and as numbers."""
-    leaf = x.detach().requires_grad_()
-    with torch.enable_grad():
-        slope = checked(field(t, leaf), x).to(x.dtype)
-    return Evaluation(leaf, get_gradient_edge(slope) if slope.requires_grad else None), slope.detach()
-
-
-def attempt(
-    pair: Pair, evaluate: Evaluate, sums: Arithmetic, x: State, first: State, h: float, depths: Sequence[float]
-) -> tuple[State, list[State]]:
-    """The state after a step from `x` with the slope `first`, and the slopes of all stages; the last is at that state.
-
-    With fewer depths, as many stages.
-    """
-    slopes = [first]
-    end = x
-    for depth, row in zip(depths, pair.a[1:], strict=False):
-        end = sums.combine(x, h, row, slopes)
-        slopes.append(evaluate(depth, end))
-    return end, slopes
+    h: float
+    end: float
+    depths: Sequence[float]
+    last: float
+    shares: Sequence[float] = ()
+    accepted: bool = False
 
 
 class Stepper:
-    """A solve of `field` from times[0] through all `times`, in progress or done, with all that its gradient needs."""
+    """A solve of `field` through `times`.
 
-    def __init__(self, solver: "Adaptive", field: Field, times: Sequence[float], keep: Keep, device: torch.device) -> None:
-        self.solver, self.field, self.times, self.keep = solver, field, times, keep
-        self.pair = pair_of(solver.method)
-        self.sums = arithmetic_of(field, device)
-        self.norm = NORMS[solver.norm]
-        self.differentiated = torch.is_grad_enabled()
+    Args:
+        pair: the method.
+        control: tolerances, limits and norm.
+        field: what is solved.
+        times: strictly monotone depths; the states at all but the first are wanted.
+        title: the solver as its errors name it.
+        exact: whether steps end at all times, not only at the last.
+        every: how many accepted steps are recomputed together in the backward pass; 0 stores them.
+    """
+
+    def __init__(
+        self, pair: Pair, control: StepControl, field: Field, times: Sequence[float], title: str, exact: bool, every: int
+    ) -> None:
+        self.pair, self.control, self.field, self.title, self.every = pair, control, field, title, every
+        self.times = times
+        self.dense = None if exact else pair.dense
         self.way = 1.0 if times[-1] > times[0] else -1.0
-        self.step = solver.first_step
+        self.step = control.first_step
         self.grid = [times[0]]
         self.ratios: list[float] = []
         self.tried: list[float] = []
         self.evaluations = 0
-        self.made: list[Evaluation | Repeat] = []
-        self.steps: list[Step] = []
+        self.watched = 0
+        self.stages = list(zip(pair.c[1:], pair.a[1:], strict=True))
 
     def cost(self) -> Cost:
         accepted = len(self.ratios)
@@ -136,162 +76,208 @@ class Stepper:
 
     def run(self, x: State) -> list[State]:
         """The states at all times behind the first."""
-        states: list[State] = []
+        self.total = sum_for(self.field, x.device)
+        found: dict[float, State] = {}
         for start, stop in pairwise(cut_at_knots(self.field.knots, self.times[0], self.times[-1])):
-            # Depths just inside the piece, so that no stage reads a layer beyond a knot.
-            bounds = [inside(self.field.knots, start, stop - start, c, x.dtype) for c in (0, 1)]
-            point = self._start(start, x, bounds)
-            for end in (*(t for t in self.times if min(start, stop) < t < max(start, stop)), stop):
-                while point.t != end:
-                    point = self._advance(point, end, bounds)
-                if end in self.times:
-                    states.append(point.x.detach())
-                    if self.steps:
-                        self.steps[-1].output = len(states) - 1
-            x = point.x
-        self.made.clear()
-        return states
+            x = found[stop] = self._piece(x, start, stop, found)
+        return [found[t] for t in self.times[1:]]
 
-    def _start(self, t: float, x: State, bounds: list[float]) -> Point:
-        """The slope at the start of a piece; with its graph wherever a gradient may be wanted, to see that it leads nowhere
-        else.
-        """
-        before = self._random_state(x)
-        self._count(t)
-        if self.differentiated:
-            evaluation, slope = evaluated(self.field, bounds[0], x)
-            check_closed(evaluation.edge, evaluation.x, self.field, str(self.solver))
-        else:
-            evaluation, slope = None, self._numbers(self.field, bounds[0], x)
-        origin = evaluation
-        if before is not None:
-            origin = Repeat(bounds[0], x, unless_unused(before, x.device), x._version)
-        point = Point(t, x, slope, origin)
+    # One smooth piece of the field
+
+    def _piece(self, x: State, start: float, stop: float, found: dict[float, State]) -> State:
+        """The state at `stop`, between which and `start` the field is smooth; those at times in between go to `found`."""
+        # Depths just inside the piece, so that no stage reads a layer beyond a knot.
+        bounds = (
+            inside(self.field.knots, start, stop - start, 0, x.dtype),
+            inside(self.field.knots, start, stop - start, 1, x.dtype),
+        )
+        recompute = Recomputation([self.field.at(bounds[0])]) if self.every else None
+        self.watched = 0
+        self._count(start, 1)
+
+        def slope_at_start(x: State) -> State:
+            return self._slope(bounds[0], x)
+
+        slope = recompute(slope_at_start, x) if recompute else slope_at_start(x)
         if self.step is None:
-            self.step = self._choose_first_step(point, bounds)
-        return point
+            self.step = self._first_step(start, x, slope, bounds)
+        t = start
+        wanted = [time for time in self.times if self.way * start < self.way * time < self.way * stop]
+        while t != stop:
+            # Where nothing is read off between the ends, a step ends at the next requested time.
+            goal = stop if self.dense is not None or not wanted else wanted[0]
+            run = _Span(self, t, goal, wanted, bounds)
+            x, slope, inner = recompute(run, x, slope) if recompute else run(x, slope)
+            t = run.end
+            states = [state for stacked in inner for state in stacked.unbind()]
+            found.update(zip(wanted, states, strict=False))
+            wanted = wanted[len(states) :]
+            if wanted and wanted[0] == t:
+                found[wanted.pop(0)] = x
+        return x
 
-    def _advance(self, point: Point, stop: float, bounds: list[float]) -> Point:
-        """Attempt one step towards `stop`: where it leads to, or the point itself if it is rejected."""
-        t, x = point.t, point.x
-        h = self._size(point)
-        left = abs(stop - t)
-        # A step that comes within rounding of the stop ends on it.
-        hits = h >= left - 4 * sys.float_info.epsilon * max(abs(t), abs(stop))
+    # One step
+
+    def plan(self, t: float, x: State, slope: State, goal: float, bounds: tuple[float, float]) -> tuple[Attempt, float]:
+        """The next attempt, and the size that it would have were the goal farther away."""
+        assert self.step is not None
+        h = min(self.step, self.control.max_step)
+        if not h >= self.control.min_step or t + self.way * h == t:
+            self._check_finite("the state or its field is not finite", t, h, x, slope)
+            raise self._error("the step size underflows", t, h)
+        left = abs(goal - t)
+        # A step that comes within rounding of the goal ends on it.
+        hits = h >= left - 4 * sys.float_info.epsilon * max(abs(t), abs(goal))
         size = left if hits else h
-        end = stop if hits else t + self.way * size
-        depths = [_between(end if c == 1 else t + c * (end - t), bounds) for c in self.pair.c[1:]]
-        self.made = []
-        signed = self.way * size
-        new, slopes = attempt(self.pair, self._evaluate, self.sums, x, point.slope, signed, depths)
-        error = self.sums.scaled_error(signed, self.pair.e, slopes, x, new, self.solver.rtol, self.solver.atol)
-        ratio = self.norm(components(self.field, error)).item()
+        end = goal if hits else t + self.way * size
+        self._count(t, len(self.stages))
+        low, high = min(bounds), max(bounds)
+        depths = [min(max(end if c == 1 else t + c * (end - t), low), high) for c, _ in self.stages]
+        return Attempt(t, self.way * size, end, depths, min(max(end, low), high)), h
+
+    def stages_of(self, attempt: Attempt, x: State, slope: State) -> tuple[State, list[State]]:
+        """The new state, and the slopes of all stages."""
+        slopes, end, h = [slope], x, attempt.h
+        for depth, (_, row) in zip(attempt.depths, self.stages, strict=True):
+            end = combine(self.total, x, h, row, slopes)
+            slopes.append(self._slope(depth, end))
+        if not self.pair.reuses_last:
+            end = combine(self.total, x, h, self.pair.b, slopes)
+        return end, slopes
+
+    def finished(self, attempt: Attempt, x: State, end: State, slopes: list[State]) -> tuple[State, list[Tensor]]:
+        """The slope at the end of an accepted step, and the states wanted inside it, stacked."""
+        if not self.pair.reuses_last:
+            slopes = [*slopes, self._slope(attempt.last, end)]
+        return slopes[-1], [self._between(attempt, x, slopes)] if attempt.shares else []
+
+    def accept(self, attempt: Attempt, free: float, x: State, end: State, slopes: list[State]) -> bool:
+        """Whether the error meets the tolerance; it also decides the size of the next attempt."""
+        with torch.no_grad():
+            error = scaled_error(attempt.h, self.pair.e, slopes, x, end, self.control.rtol, self.control.atol)
+            ratio = self.control.size(components(self.field, error)).item()
+        size = abs(attempt.h)
         self.tried.append(size)
         if ratio != ratio:
-            self._check_finite("the state or its field is not finite", t, size, x, point.slope)
+            self._check_finite("the state or its field is not finite", attempt.t, size, x, slopes[0])
             ratio = float("inf")  # the step went too far: a smaller one may be finite
-        factor = SAFETY * ratio ** (-1 / self.pair.order) if ratio else float("inf")
-        grown = size * min(LARGEST_GROWTH, max(factor, 1.0 if ratio < 1 else LARGEST_CUT))
-        # A step that was cut short to end on the stop need not grow back to its size.
-        self.step = max(grown, min(h, size * factor)) if hits else grown
+        grown, factor = self.control.next(size, ratio, self.pair.order)
+        # A step that was cut short to end on its goal need not grow back to its size.
+        self.step = grown if size == free else max(grown, min(free, size * factor))
         if not ratio <= 1:
-            return point
-        self.grid.append(end)
+            return False
+        self.grid.append(attempt.end)
         self.ratios.append(ratio)
-        return Point(end, new, slopes[-1], self._keep(point, signed, depths))
+        if not self.pair.reuses_last:
+            self._count(attempt.end, 1)
+        return True
 
-    def _keep(self, point: Point, h: float, depths: list[float]) -> Evaluation | Repeat | None:
-        """Keep what the gradient of an accepted step needs; its last evaluation belongs to the step that begins with it."""
-        if point.origin is None or self.keep == "nothing":
-            return None
-        *made, last = self.made
-        step = Step(h, point.origin)
-        if self.keep == "graphs":
-            step.evaluations = [evaluation for evaluation in made if isinstance(evaluation, Evaluation)]
+    def shares(self, attempt: Attempt, wanted: Sequence[float]) -> list[float]:
+        """Where in an accepted step requested times lie, its ends left out."""
+        if self.dense is None:
+            return []
+        first, last = self.way * attempt.t, self.way * attempt.end
+        return [(time - attempt.t) / attempt.h for time in wanted if first < self.way * time < last]
+
+    def _between(self, attempt: Attempt, x: State, slopes: list[State]) -> Tensor:
+        """The states at the attempt's shares, stacked: x + h sum_i w_i(s) k_i."""
+        assert self.dense is not None
+        s = torch.tensor(attempt.shares, dtype=torch.float64)
+        powers = torch.stack([s ** (p + 1) for p in range(len(self.dense))], dim=1)
+        weights = attempt.h * powers @ torch.tensor(self.dense, dtype=torch.float64)
+        with torch.autocast(x.device.type, enabled=False):
+            return x + torch.tensordot(weights.to(x), torch.stack(slopes), 1)
+
+    # The field
+
+    def _slope(self, t: float, x: State) -> State:
+        """f(t, x) in the type of x; the second evaluation of a piece shows whether the field draws at each."""
+        self.watched += 1
+        if self.watched == 2 and self.field.training:
+            before = random_state(x.device)
+            slope = self.field(t, x)
+            if unless_unused(before, x.device) is not None:
+                raise TypeError(
+                    f"this field draws random numbers at every evaluation, and {self.title} would take its noise for an error "
+                    "of the step: switch off its dropout, put the network in eval() mode, or take fixed steps (FixedStep)"
+                )
         else:
-            step.slope, step.depths = point.slope, depths[:-1]
-            step.random = [repeat.random for repeat in made if isinstance(repeat, Repeat)]
-        self.steps.append(step)
-        return last
+            slope = self.field(t, x)
+        return checked(slope, x).to(x.dtype)
 
-    def _size(self, point: Point) -> float:
-        assert self.step is not None
-        t = point.t
-        h = min(self.step, self.solver.max_step)
-        if not h >= self.solver.min_step or t + self.way * h == t:
-            self._check_finite("the state or its field is not finite", t, h, point.x, point.slope)
-            raise self._error("the step size underflows", t, h)
-        return h
+    def _first_step(self, t: float, x: State, slope: State, bounds: tuple[float, float]) -> float:
+        def evaluate(t: Time, x: State) -> State:
+            return self._slope(t, x)  # pyright: ignore[reportArgumentType]
 
-    def _evaluate(self, t: float, x: State) -> State:
-        self._count(t)
-        if self.keep == "nothing":
-            return self._numbers(self.field, t, x)
-        before = self._random_state(x)
-        evaluation, slope = evaluated(self.field, t, x)
-        self.made.append(evaluation if before is None else Repeat(t, x, unless_unused(before, x.device), x._version))
-        return slope
-
-    def _random_state(self, x: State) -> RandomState | None:
-        return random_state(x.device) if self.keep == "states" else None
-
-    def _count(self, t: Time) -> None:
-        if self.evaluations >= self.solver.max_evaluations:
-            raise self._error("the evaluation budget is spent", t, self.step or 0.0)
-        self.evaluations += 1
-
-    def _numbers(self, field: Field, t: Time, x: State) -> State:
-        """f(t, x) alone; where a gradient is wanted with a graph for the moment, for fields that differentiate inside."""
-        return checked(field(t, x), x).detach().to(x.dtype) if self.keep == "nothing" else evaluated(field, t, x)[1]
-
-    def _choose_first_step(self, point: Point, bounds: list[float]) -> float:
-        """A first step from the size of the field and of its change (Hairer, Norsett, Wanner I, II.4), as torchdiffeq's.
-
-        The sizes stay on the device until the end, so that it is waited for once.
-        """
-        t, x, slope = point.t, point.x, point.slope
-        scale = self.solver.atol + self.solver.rtol * x.abs()
-
-        def size(change: State) -> Tensor:
-            return self.norm(components(self.field, change / scale))
-
-        state, speed = size(x), size(slope)
-        tiny = torch.full_like(state, 1e-6)
-        h = torch.where((state < 1e-5) | (speed < 1e-5), tiny, 0.01 * state / speed)
-        later = (bounds[0] + self.way * h).clamp(min(bounds), max(bounds)).to(x.dtype)
-        moved = x + self.way * h.to(x.dtype) * slope
-        # A layer is looked up by a number: of piecewise constant weights, ask the one in force.
-        smooth = self.field.at(bounds[0])
-        self._count(t)
-        change = size(self._numbers(smooth, later, moved) - slope) / h
-        fastest = torch.maximum(speed, change)
-        careful = torch.maximum(tiny, 1e-3 * h)
-        chosen = torch.where(fastest <= 1e-15, careful, (0.01 / fastest) ** (1 / self.pair.order))
-        first = torch.minimum(100 * h, chosen).item()
+        self._count(t, 1)
+        first = self.control.first(evaluate, lambda state: components(self.field, state), x, slope, self.pair.order, bounds)
         if not 0 < first < float("inf"):
             self._check_finite("the state or its field is not finite", t, 0.0, x, slope)
             raise self._error("the field is not finite near the start", t, 0.0)
-        return min(first, self.solver.max_step)
+        return first
+
+    def _count(self, t: float, evaluations: int) -> None:
+        if self.evaluations + evaluations > self.control.max_evaluations:
+            raise self._error("the evaluation budget is spent", t, self.step or 0.0)
+        self.evaluations += evaluations
+
+    # Failures
 
     def _check_finite(self, reason: str, t: float, step: float, *states: State) -> None:
         """Raise SolveError if a state, or a slope at its start, is not finite, on this rank or on another that solves along."""
         rows = rows_not_finite(*(part for state in states for part in components(self.field, state)))
-        if any_rank(bool(rows), self.solver.norm, states[0].device):
+        if any_rank(bool(rows), self.control.norm, states[0].device):
             raise self._error(reason if rows else f"{reason} on another rank", t, step, rows)
 
-    def _error(self, reason: str, t: Time, step: float, rows: Sequence[int] = ()) -> SolveError:
+    def _error(self, reason: str, t: float, step: float, rows: Sequence[int] = ()) -> SolveError:
+        elsewhere = reason.endswith("another rank")
         return SolveError(
-            f"{reason} ({self.solver})",
-            depth=float(t),
+            f"{reason} ({self.title})",
+            depth=t,
             step=step,
             evaluations=self.evaluations,
             rows=rows,
             steps=self.tried[-8:],
-            advice=advice(rows, self.tried, len(self.ratios))
-            if not reason.endswith("another rank")
-            else "See that rank's message",
+            advice="See that rank's message" if elsewhere else advice(rows, self.tried, len(self.ratios)),
         )
 
 
-def _between(depth: float, bounds: list[float]) -> float:
-    return min(max(depth, min(bounds)), max(bounds))
+class _Span:
+    """Attempts from depth t towards `goal`, until one is accepted, or `every` are; called again, the same attempts once more.
+
+    A first attempt that is rejected ends the span where it began, so that nothing of it needs to be repeated.
+    """
+
+    def __init__(self, stepper: Stepper, t: float, goal: float, wanted: Sequence[float], bounds: tuple[float, float]) -> None:
+        self.stepper, self.goal, self.wanted, self.bounds = stepper, goal, wanted, bounds
+        self.end = t
+        self.made: list[Attempt] = []
+        self.done = False
+
+    def __call__(self, x: State, slope: State) -> tuple[State, State, list[Tensor]]:
+        """The state and the slope at the end, and the states wanted inside each step, stacked."""
+        inner: list[Tensor] = []
+        for attempt in self.made if self.done else ():
+            end, slopes = self.stepper.stages_of(attempt, x, slope)
+            if attempt.accepted:
+                x, slope = self._taken(attempt, x, end, slopes, inner)
+        if self.done:
+            return x, slope, inner
+        self.done, accepted = True, 0
+        while accepted < max(self.stepper.every, 1) and self.end != self.goal:
+            attempt, free = self.stepper.plan(self.end, x, slope, self.goal, self.bounds)
+            end, slopes = self.stepper.stages_of(attempt, x, slope)
+            attempt.accepted = self.stepper.accept(attempt, free, x, end, slopes)
+            if not (accepted or attempt.accepted):
+                break
+            self.made.append(attempt)
+            if attempt.accepted:
+                accepted += 1
+                self.end, attempt.shares = attempt.end, self.stepper.shares(attempt, self.wanted)
+                x, slope = self._taken(attempt, x, end, slopes, inner)
+        return x, slope, inner
+
+    def _taken(self, attempt: Attempt, x: State, end: State, slopes: list[State], inner: list[Tensor]) -> tuple[State, State]:
+        slope, states = self.stepper.finished(attempt, x, end, slopes)
+        inner += states
+        return end, slope

@@ -2,78 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
-from continuum.schemes import (
-    RK4,
-    AdamsBashforth,
-    Coupling,
-    Euler,
-    EulerMaruyama,
-    Fractal,
-    Heun,
-    Kutta3,
-    Leapfrog,
-    LinearTwoStep,
-    Midpoint,
-    Milstein,
-    NeumannSeries,
-    Scheme,
-    StochasticTwoStep,
-    TwoStepMidpoint,
-    Verlet,
-)
+from continuum.schemes import SCHEMES, Scheme
 from continuum.solvers.adaptive import Adaptive
 from continuum.solvers.base import Solver
 from continuum.solvers.brownian import Brownian
 from continuum.solvers.fixed import FixedStep
 from continuum.solvers.pairs import METHODS, PAIRS, Embedded
-from continuum.solvers.per_image import PER_IMAGE_METHODS
+from continuum.solvers.per_image import PerImage
 
-KNOWN = (
-    Euler(),
-    Midpoint(),
-    Heun(),
-    Kutta3(),
-    RK4(),
-    AdamsBashforth(),
-    LinearTwoStep(),
-    TwoStepMidpoint(),
-    NeumannSeries(),
-    Fractal(),
-    Coupling(),
-    Leapfrog(),
-    Verlet(),
-    EulerMaruyama(),
-    Milstein(),
-    StochasticTwoStep(),
-)
-SCHEMES: dict[str, type[Scheme]] = {str(scheme).partition(":")[0]: type(scheme) for scheme in KNOWN}
-
-FIXED_OPTIONS: dict[str, Callable[[str], object]] = {
-    "h": float,
-    "grid": lambda text: tuple(float(depth) for depth in text.split("/")),
-    "gradient": str,
-    "every": int,
-}
-ADAPTIVE_OPTIONS: dict[str, Callable[[str], object]] = {
-    "rtol": float,
-    "atol": float,
-    "gradient": str,
-    "engine": str,
-    "norm": str,
-    "first_step": float,
-    "min_step": float,
-    "max_step": float,
-    "max_evaluations": int,
-}
-BROWNIAN_OPTIONS: dict[str, Callable[[str], object]] = {
-    "method": str,
-    "h": float,
-    "rtol": float,
-    "atol": float,
-    "gradient": str,
-}
+NAMES: dict[str, type[Scheme]] = {str(scheme).partition(":")[0]: type(scheme) for scheme in SCHEMES}
+OTHERS: dict[str, type[Solver]] = {"brownian": Brownian, "per_image": PerImage}
 
 
 def parse(text: str) -> Solver:
@@ -92,23 +32,37 @@ def parse(text: str) -> Solver:
     name = name.strip()
     options = dict(_option(text, part) for part in rest.split(",") if part.strip())
     if name in PAIRS and options.keys() & {"h", "grid"}:
-        return FixedStep(Embedded(name), **_values(text, options, FIXED_OPTIONS))  # pyright: ignore[reportArgumentType]
-    if name in METHODS or name in PER_IMAGE_METHODS:
-        return Adaptive(name, **_values(text, options, ADAPTIVE_OPTIONS))  # pyright: ignore[reportArgumentType]
-    if name == "brownian":
-        return Brownian(**_values(text, options, BROWNIAN_OPTIONS))  # pyright: ignore[reportArgumentType]
-    if name not in SCHEMES:
+        return FixedStep(Embedded(name), **_values(text, options, _options(FixedStep, "scheme")))
+    if name in METHODS:
+        return Adaptive(name, **_values(text, options, _options(Adaptive, "method")))
+    if name in OTHERS:
+        return OTHERS[name](**_values(text, options, _options(OTHERS[name])))
+    if name not in NAMES:
         raise ValueError(
-            f"unknown solver {name!r} in {text!r}; fixed-step: {', '.join(SCHEMES)}; adaptive: {', '.join(METHODS)}; "
-            "on a Brownian path: brownian"
+            f"unknown solver {name!r} in {text!r}; fixed-step: {', '.join(NAMES)}; adaptive: {', '.join(METHODS)}; "
+            "on a Brownian path: brownian; with steps of its own for each image: per_image"
         )
-    own: dict[str, Callable[[str], object]] = {f.name: type(f.default) for f in fields(cast(Any, SCHEMES[name]))}
-    values = _values(text, options, {**own, **FIXED_OPTIONS})
+    own = _options(NAMES[name])
+    values = _values(text, options, {**own, **_options(FixedStep, "scheme")})
     try:
-        scheme = SCHEMES[name](**{key: values.pop(key) for key in own if key in values})
-        return FixedStep(scheme, **values)  # pyright: ignore[reportArgumentType]
+        scheme = NAMES[name](**{key: values.pop(key) for key in own if key in values})
+        return FixedStep(scheme, **values)
     except TypeError as error:
         raise ValueError(f"in {text!r}: {error}") from None
+
+
+def _options(kind: type, *named: str) -> dict[str, Callable[[str], Any]]:
+    """How each field of a dataclass is read from text, but for those that the name stands for."""
+    hints = get_type_hints(kind)
+    return {f.name: _reader(hints[f.name]) for f in fields(cast(Any, kind)) if f.name not in named}
+
+
+def _reader(hint: Any) -> Callable[[str], Any]:
+    kinds = [part for part in get_args(hint) if part is not type(None)] if get_origin(hint) is not Literal else [str]
+    kind = kinds[0] if kinds and get_origin(hint) is not tuple else hint
+    if get_origin(kind) is tuple:
+        return lambda text: tuple(float(depth) for depth in text.split("/"))
+    return str if get_origin(kind) is Literal else kind
 
 
 def _option(text: str, part: str) -> tuple[str, str]:
@@ -118,7 +72,7 @@ def _option(text: str, part: str) -> tuple[str, str]:
     return key.strip(), value.strip()
 
 
-def _values(text: str, options: dict[str, str], valid: dict[str, Callable[[str], object]]) -> dict[str, object]:
+def _values(text: str, options: dict[str, str], valid: dict[str, Callable[[str], Any]]) -> dict[str, Any]:
     unknown = options.keys() - valid.keys()
     if unknown:
         raise ValueError(f"unknown option {', '.join(sorted(unknown))} in {text!r}; valid: {', '.join(valid)}")
