@@ -73,7 +73,7 @@ class Flow(nn.Module):
             )
         if isinstance(depth, Tensor) and not learnt:
             depth = self.solver.depths(depth.reshape(1))[0]
-        self.end: float | Tensor = depth
+        self.end: float | Tensor = depth if learnt else float(depth)
         self.refined = 1
         self.cost: Cost | None = None
         self.solver.check(self.field)

@@ -242,7 +242,10 @@ class PiecewiseConstant(Field):
         return [cast(Field, layer) for layer in self.layers]
 
     def mapped(self, change: Callable[[Field], Field]) -> "PiecewiseConstant":
-        field = in_mode_of(self, PiecewiseConstant(map(change, self.pieces())))
+        return self._of(map(change, self.pieces()))
+
+    def _of(self, layers: Iterable[Field]) -> "PiecewiseConstant":
+        field = in_mode_of(self, PiecewiseConstant(layers))
         field.layers.training = self.training
         return field
 
@@ -250,7 +253,7 @@ class PiecewiseConstant(Field):
         return self.mapped(lambda layer: layer.scaled(scale))
 
     def divided(self, k: int) -> Field:
-        return in_mode_of(self, PiecewiseConstant(copy.deepcopy(p).scaled(1 / k) for p in self.pieces() for _ in range(k)))
+        return self._of(copy.deepcopy(layer).scaled(1 / k) for layer in self.pieces() for _ in range(k))
 
     def project(self, basis: Basis) -> Expansion:
         """The expansion whose theta(t) is nearest to these steps in the norm of L2[0, n]; running statistics too.

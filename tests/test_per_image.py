@@ -13,7 +13,7 @@ from continuum.bases import Hat
 from continuum.fields import MLP, Coupled, Momentum, PostActivation, Scaled, TwoColumns
 from continuum.solvers import Embedded, per_image
 from continuum.solvers.packed import Packed
-from continuum.solvers.per_image import PER_IMAGE_METHODS, check_per_image, solve_per_image
+from continuum.solvers.per_image import METHODS, PerImage, check_per_image
 
 torchode = pytest.importorskip("torchode", reason="steps of each image need torchode: pip install torchode")
 
@@ -32,7 +32,7 @@ class Counted(Field):
 
 
 def solve(field, x, times=(0.0, 1.0), method="dopri5", tolerance=1e-6, **limits):
-    return solve_per_image(field, x, times, method=method, rtol=tolerance, atol=tolerance, **limits)
+    return PerImage(method, tolerance, tolerance, **limits)(field, x, times)
 
 
 def rates(*values):
@@ -48,7 +48,7 @@ def test_torchode_is_not_imported_before_it_is_needed():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("method", PER_IMAGE_METHODS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("times", [(0.0, 2.0), (0.0, 0.7, 2.0), (2.0, 0.7, 0.0), (-1.0, 0.5, 1.0)])
 def test_linear_states_at_all_times(method, times):
     start = LINEAR.exact(times[0], 1.0)
@@ -83,7 +83,7 @@ def test_every_image_meets_the_tolerance(method):
 
 
 @pytest.mark.parametrize("way", [1.0, -1.0])
-@pytest.mark.parametrize("method", PER_IMAGE_METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_an_image_does_not_depend_on_its_neighbours(method, way):
     x = rates(1.0, 0.3, 200.0)
     times = (0.0, 0.4 * way, way)

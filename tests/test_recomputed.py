@@ -71,6 +71,10 @@ FIELDS = {
 }
 
 
+REMEMBERED = {AdamsBashforth: 2, LinearTwoStep: 1, TwoStepMidpoint: 1, StochasticTwoStep: 1}
+"""How many slopes or states a scheme remembers."""
+
+
 def images(dtype, seed=1):
     return torch.randn(4, 3, 6, 6, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
@@ -211,17 +215,20 @@ def test_what_changes_before_the_backward_pass_is_noticed(changed):
 @pytest.mark.parametrize("every", [1, 2, 5, 32])
 @pytest.mark.parametrize("scheme", FIELDS, ids=str)
 def test_every_kth_state_is_stored_and_nothing_else(scheme, every):
-    saved = []
+    """And what a multistep scheme remembers beside each of them; the same tensor twice is stored once."""
+    saved = {}
 
     def pack(tensor):
-        saved.append(tensor.shape)
+        saved[tensor.data_ptr()] = tensor
         return tensor
 
     x = points().requires_grad_()
     flow = Flow(FIELDS[scheme](), FixedStep(scheme, 0.5, gradient="checkpoint", every=every), LAYERS)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         flow(x)
-    assert [shape for shape in saved if shape.numel() > 0] == [x.shape] * math.ceil(2 * LAYERS / every)
+    stored = sum(tensor.shape == x.shape for tensor in saved.values())
+    segments = math.ceil(2 * LAYERS / every)
+    assert segments <= stored <= segments * (1 + REMEMBERED.get(type(scheme), 0))
 
 
 def test_without_gradients_nothing_is_kept():

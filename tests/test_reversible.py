@@ -256,9 +256,8 @@ def test_a_gradient_that_leads_out_of_the_field_is_refused():
 def test_a_second_derivative_is_refused():
     _, rebuilt = pair(layers(Coupling(), 2, 0.1, FLOAT64), Coupling(), 2)
     x = states(FLOAT64).requires_grad_()
-    (gradient,) = torch.autograd.grad(rebuilt(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    with pytest.raises(RuntimeError, match=r"gradient='reversible' computes its gradient by hand.*gradient='direct'"):
+        torch.autograd.grad(rebuilt(x).square().sum(), x, create_graph=True)
 
 
 def test_memory_does_not_grow_with_the_number_of_layers():

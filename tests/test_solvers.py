@@ -30,7 +30,7 @@ from continuum import (
     preresnet,
 )
 from continuum.solvers import Embedded, parse
-from continuum.solvers.pairs import METHODS, PAIRS
+from continuum.solvers.pairs import METHODS, PAIRS, pair_of
 from continuum.solvers.text import describe
 
 WITHIN = {"dopri5": 10, "dopri8": 10, "bosh3": 20, "adaptive_heun": 20}
@@ -63,10 +63,29 @@ def test_error_is_a_small_multiple_of_the_tolerance(method, digits, problem):
     flow = Flow(problem.field, tight(method, tolerance), depth=2)
     exact = torch.stack([problem.exact(t, 1.0) for t in TIMES])
     bound = WITHIN[method] * tolerance * (1 + exact.abs())
-    assert ((flow.trajectory(problem.start, TIMES) - exact).abs() <= bound).all()
+    assert ((flow.trajectory(problem.start, TIMES, exact=True) - exact).abs() <= bound).all()
     assert ((flow(problem.start) - exact[-1]).abs() <= bound[-1]).all()
-    back = flow.trajectory(exact[-1], TIMES[::-1]).flip(0)
+    back = flow.trajectory(exact[-1], TIMES[::-1], exact=True).flip(0)
     assert ((back - exact).abs() <= 2 * bound).all()
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+@pytest.mark.parametrize(("method", "digits"), [(method, d) for method in WITHIN for d in (3, 5, 7) if d in TOLERANCES[method]])
+@torch.no_grad()
+def test_states_between_the_steps_are_as_good_as_at_their_ends(method, digits, problem):
+    """Requested times change no step, and the error between the ends of steps is at most three times that at the ends."""
+    flow = Flow(problem.field, tight(method, 10.0**-digits), depth=2)
+    flow(problem.start)
+    grid, evaluations = list(flow.cost.grid), flow.cost.evaluations
+    times = sorted({*grid, *torch.linspace(0, 2, 101).double().tolist()})
+    exact = torch.stack([problem.exact(t, 1.0) for t in times])
+    errors = (flow.trajectory(problem.start, times) - exact).abs() / (1 + exact.abs())
+    at_ends = errors[[times.index(t) for t in grid]].max()
+    assert errors.max() <= max(3 * at_ends, 10.0**-digits)
+    if method == "dopri8":
+        return  # no polynomial is as good as its steps, which end at the times therefore
+    assert list(flow.cost.grid) == grid
+    assert flow.cost.evaluations <= evaluations + 2 * flow.cost.accepted
 
 
 def test_fehlberg2_runs():
@@ -265,18 +284,23 @@ def test_rejected_steps_are_counted(method):
     y = flow(x)
     assert flow.cost.rejected >= 1
     stages = len(SOLVERS[method].tableau.beta)
-    assert flow.cost.evaluations == len(field.depths) == 1 + stages * (flow.cost.accepted + flow.cost.rejected)
+    new = 0 if pair_of(method).reuses_last else flow.cost.accepted - 1  # not at the end
+    assert flow.cost.evaluations == len(field.depths) == 1 + stages * (flow.cost.accepted + flow.cost.rejected) + new
     assert abs(float(y) - float(torch.tensor(1.0).cos())) < (0.1 if method == "fehlberg2" else 0.02)
 
 
 @pytest.mark.parametrize("method", PAIRS)
 @torch.no_grad()
 def test_choosing_the_first_step_costs_one_evaluation_more(method):
-    """The slope at the start is used again by the first step, and every step's last slope by the next one."""
+    """The slope at the start is used again by the first step, and that at the end of every step by the next one.
+
+    It is the last stage of most pairs, and one evaluation more of the others.
+    """
     flow = Flow(LINEAR.field, Adaptive(method, rtol=1e-4, atol=1e-4), depth=2)
     flow(LINEAR.start)
     attempts = flow.cost.accepted + flow.cost.rejected
-    assert flow.cost.evaluations == 2 + len(SOLVERS[method].tableau.beta) * attempts
+    new = 0 if pair_of(method).reuses_last else flow.cost.accepted - 1  # not at the end
+    assert flow.cost.evaluations == 2 + len(SOLVERS[method].tableau.beta) * attempts + new
 
 
 @torch.no_grad()
@@ -676,7 +700,7 @@ def test_times_off_the_fixed_grid():
     with pytest.raises(ValueError, match="does not divide"):
         Flow(small_mlp(), "euler:h=0.5", depth=1).trajectory(states(), [0, 0.3])
     with pytest.raises(ValueError, match=r"no point at depth 0\.5"):
-        Flow(small_mlp(), "euler:grid=0/0.3/1", depth=1).trajectory(states(), [0, 0.5, 1])
+        Flow(small_mlp(), "euler:grid=0/0.3/1", depth=1).trajectory(states(), [0, 0.5, 1], exact=True)
 
 
 # Sharing weights

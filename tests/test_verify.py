@@ -21,8 +21,8 @@ from continuum.analysis.plain import PLAIN, bare
 from continuum.cli import main
 from continuum.cli.models import CONFIGURATIONS, build, documented, size_of, statistics_of
 from continuum.models.zoo import BUILDERS
+from continuum.schemes import SCHEMES as KNOWN
 from continuum.schemes import ReversibleScheme
-from continuum.solvers.text import KNOWN
 
 # Networks and their plain loops
 

@@ -13,7 +13,7 @@ import torch
 from torchdiffeq._impl.odeint import SOLVERS
 
 from continuum.fields import Field
-from continuum.solvers.base import Cost, Solution, Solver, needs_grad, option_text, refuse_noise, restored_on_error
+from continuum.solvers.base import Solution, Solver, needs_grad, option_text, refuse_noise, restored_on_error, unmoved
 from continuum.solvers.control import Norm, StepControl
 from continuum.solvers.fixed import FixedStep, check_every
 from continuum.solvers.library import solve_by_library
@@ -152,10 +152,8 @@ class Adaptive(Solver):
         differentiated = needs_grad(field, x)
         if self.forward_only and differentiated:
             raise RuntimeError(f"{self.method} goes forward only: solve under torch.no_grad(), or with another method")
-        if not x.numel() and self.norm != "global":  # an empty batch has no error to control
-            if differentiated:  # gradients of zero, because DistributedDataParallel would wait for them
-                x = x + 0 * sum(p.sum() for p in field.parameters() if p.requires_grad)
-            return Solution([x] * len(times), Cost(0, 0, 0, tuple(times)))
+        if not x.numel() and self.norm != "global":
+            return unmoved(field, x, times)
         self._warn_of_rounding(x)
         with restored_on_error(field):
             if self.chosen_engine == "torchdiffeq":

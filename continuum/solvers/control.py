@@ -91,7 +91,7 @@ class StepControl:
             state, speed = self.size(parts(x / scale)), self.size(parts(slope / scale))
             tiny = torch.full_like(state, 1e-6)
             h = torch.where((state < 1e-5) | (speed < 1e-5), tiny, 0.01 * state / speed)
-            later = (bounds[0] + way * h).clamp(min(bounds), max(bounds))
+            later = (bounds[0] + way * h).nan_to_num(bounds[0]).clamp(min(bounds), max(bounds))
             moved = x + way * h.to(x.dtype) * slope
         changed = evaluate(later, moved)
         with torch.no_grad():

@@ -213,9 +213,10 @@ class _Equation:
             )
         self.known = x, slope
         if not 0 < h < float("inf"):
+            self.recent.clear()  # the second evaluation was of a state that is no number
             broken = self.rows(x, slope)
             reason = "the state or its field is not finite" if broken else "the field is not finite near the start"
-            raise self.error(reason, start, 0.0, x)
+            raise self.error(reason, start, 0.0, x, slope)
         return h
 
     def callback_step(self, t: Tensor, x: State, h: Tensor) -> None:

@@ -24,6 +24,7 @@ from continuum.solvers.base import (
     option_text,
     refuse_noise,
     restored_on_error,
+    unmoved,
 )
 from continuum.solvers.control import StepControl
 from continuum.solvers.packed import Packed
@@ -103,8 +104,8 @@ class PerImage(Solver):
         self.check(field)
         if x.ndim < 2:
             raise ValueError(f"steps of each image need a state (batch, features, ...), not one of shape {tuple(x.shape)}")
-        if not x.numel():  # an empty batch has no error to control
-            return Solution([x] * len(times), Cost(0, 0, 0, ()))
+        if not x.numel():
+            return unmoved(field, x, times)
         legs = list(pairwise(times)) if exact else [times]
         states, costs = [x], []
         with restored_on_error(field):

@@ -5,13 +5,12 @@ while, on buffers that it moves itself, on random numbers and on autocast. Each 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from continuum.types import State
 
@@ -50,7 +49,10 @@ def holding(tensors: Mapping[int, Tensor], slots: Sequence[Slot]) -> Iterator[No
 
 
 class Recomputation:
-    """Parts of a solve under torch's checkpointing: their inputs are stored, and the backward pass runs them once more.
+    """Parts of a solve whose inputs alone are stored: the backward pass runs them once more.
+
+    As torch.utils.checkpoint without reentrance, by hooks on saved tensors, so that autograd sees all of it. A field may also
+    differentiate inside, which would make torch's recompute at every evaluation: what a run saves is kept until it ends.
 
     Args:
         modules: all that the parts evaluate.
@@ -68,42 +70,111 @@ class Recomputation:
                 "a lazy module of this field does not know its shapes yet, and gradient='checkpoint' needs its parameters "
                 "before the first step: call the field once under torch.no_grad(), or take gradient='direct'"
             )
+        # Batch statistics move without telling torch: whatever trains gets copies to write to.
+        training = {id(part._buffers) for module in modules for part in module.modules() if part.training}
+        self.in_training = [i for i, slot in enumerate(self.buffers) if id(slot.holder) in training]
         self.known_to_move: Sequence[int] = ()
         self.moving: Sequence[int] = range(len(self.buffers))  # those that evaluations may write to, as far as known
 
-    def __call__(self, run: Callable[..., Result], *states: State) -> Result:
-        """run(*states), whose graph keeps the states alone."""
+    def __call__(self, run: Callable[..., Result], x: State, *others: Any) -> Result:
+        """run(x, *others), whose graph keeps these alone."""
         if torch._C._are_functorch_transforms_active():
             raise RuntimeError(
                 "torch.func's transforms cannot go through gradient='checkpoint', which hooks saved tensors: take the solver "
                 "with gradient='direct', for example FixedStep or an adaptive one without the option"
             )
+        device, inputs = x.device, (x, *others)
         weights = [(slot.tensor, slot.tensor._version) for slot in self.parameters]
         were = [(slot.tensor, slot.tensor._version) for slot in self.buffers]
         copies = {i: were[i][0].clone() for i in self.moving}
-        first = True
+        precision, drawn = Precision.now(device), random_state(device)
+        stored = _Stored.apply(torch.empty(0, requires_grad=True), *(i for i in inputs if isinstance(i, Tensor)))
+        others = tuple(_Stored if isinstance(i, Tensor) else i for i in inputs)
 
-        def twice(*states: State) -> Result:
-            nonlocal first, copies
-            if first:
-                first = False
-                result = run(*states)
-                moved = [i for i, (b, v) in enumerate(were) if self.buffers[i].tensor is not b or b._version != v]
-                # One that did not move before has no copy from before; that of batch statistics, as a rule, is not read.
-                copies = {i: copies[i] if i in copies else self.buffers[i].tensor.clone() for i in moved}
-                self.moving = sorted({*moved, *self.known_to_move})
-                self.known_to_move = self.moving
-                return result
+        def again() -> None:
             if any(tensor._version != version for tensor, version in weights):
                 raise RuntimeError(
                     "a parameter has been modified by an inplace operation between the forward and the backward pass: "
                     "gradient='checkpoint' takes the steps again and would take others. Change weights after the backward pass"
                 )
             swapped = {i: tensor for i, (tensor, _) in enumerate(weights) if self.parameters[i].tensor is not tensor}
-            with holding(swapped, self.parameters), holding({i: b.clone() for i, b in copies.items()}, self.buffers):
-                return run(*states)
+            own = {i: copies.get(i, self.buffers[i].tensor).clone() for i in {*copies, *self.in_training}}
+            with holding(swapped, self.parameters), holding(own, self.buffers), precision.again(), as_drawn(drawn, device):
+                tensors = iter(stored.grad_fn.saved_tensors)  # pyright: ignore[reportFunctionMemberAccess]
+                run(*(next(tensors) if value is _Stored else value for value in others))
 
-        return checkpoint(twice, *states, use_reentrant=False)  # pyright: ignore[reportReturnType]
+        frame = _Frame(again)
+        result = frame.first(run, inputs)
+        moved = [i for i, (b, v) in enumerate(were) if self.buffers[i].tensor is not b or b._version != v]
+        # One that did not move before has no copy from before; that of batch statistics, as a rule, is not read.
+        copies = {i: copies[i] if i in copies else self.buffers[i].tensor.clone() for i in moved}
+        self.moving = self.known_to_move = sorted({*moved, *self.known_to_move})
+        return result
+
+
+class _Stored(torch.autograd.Function):
+    """Nothing, with the inputs of a run as its saved tensors, so that whoever hooks these sees them."""
+
+    @staticmethod
+    def forward(ctx: Any, nothing: Tensor, *states: Tensor) -> Tensor:
+        ctx.save_for_backward(*states)
+        return nothing.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> NoReturn:
+        raise AssertionError("nothing uses it")
+
+
+class _Frame:
+    """What autograd saves in a run, in order: there while it runs, dropped when it ends, made again when it is asked for."""
+
+    def __init__(self, again: Callable[[], None]) -> None:
+        self.again = again
+        self.running = True
+        self.saved: list[Tensor | None] = []
+        self.count = 0
+
+    def first(self, run: Callable[..., Result], states: Sequence[State]) -> Result:
+        with torch.autograd.graph.saved_tensors_hooks(self._keep, self._look_up):
+            result = run(*states)
+        self.running, self.count, self.saved = False, len(self.saved), []
+        return result
+
+    def _keep(self, tensor: Tensor) -> int:
+        self.saved.append(tensor)
+        return len(self.saved) - 1
+
+    def _look_up(self, index: int) -> Tensor:
+        tensor = self.saved[index] if index < len(self.saved) else None
+        if tensor is None:
+            self._make_again()
+            tensor = self.saved[index]
+        assert tensor is not None
+        if not self.running:
+            self.saved[index] = None  # autograd asks once a backward pass
+        return tensor
+
+    def _make_again(self) -> None:
+        made: list[Tensor | None] = []
+
+        def keep(tensor: Tensor) -> Tensor:
+            made.append(tensor.detach())
+            if len(made) == self.count:
+                raise _DoneError
+            return tensor.detach()
+
+        with suppress(_DoneError), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            self.again()
+        if len(made) != self.count:
+            raise RuntimeError(
+                f"the steps were taken again on the way back and saved {len(made)} tensors, not {self.count}: the field "
+                "computes something else the second time, and gradient='checkpoint' cannot know what. Take gradient='direct'"
+            )
+        self.saved = made
+
+
+class _DoneError(Exception):
+    """All that was saved has been made again."""
 
 
 RandomState = tuple[Tensor, ...]

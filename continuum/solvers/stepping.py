@@ -28,17 +28,22 @@ from continuum.types import State, Time
 
 @dataclass
 class Attempt:
-    """A step that was tried from depth t: its signed size h, where it ends, and the depths of its stages and of its new point.
+    """A step that was tried from depth t in a piece of the field: its signed size h, where it ends, and the depths of its
+    stages, of its new point and of the stages of its dense output.
 
-    `shares` are the parts of an accepted step at which a state is wanted.
+    `shares` are the parts of the step at which a state is wanted. A `final` one ends the piece: nothing uses the slope at its
+    new point but the error.
     """
 
+    piece: Field
     t: float
     h: float
     end: float
     depths: Sequence[float]
     last: float
-    shares: Sequence[float] = ()
+    inner: Sequence[float]
+    shares: Sequence[float]
+    final: bool
     accepted: bool = False
 
 
@@ -60,7 +65,7 @@ class Stepper:
     ) -> None:
         self.pair, self.control, self.field, self.title, self.every = pair, control, field, title, every
         self.times = times
-        self.dense = None if exact else pair.dense
+        self.inner = None if exact else pair.inner
         self.way = 1.0 if times[-1] > times[0] else -1.0
         self.step = control.first_step
         self.grid = [times[0]]
@@ -68,6 +73,7 @@ class Stepper:
         self.tried: list[float] = []
         self.evaluations = 0
         self.watched = 0
+        self.under_way = True  # afterwards, evaluations repeat those of an attempt and are not counted
         self.stages = list(zip(pair.c[1:], pair.a[1:], strict=True))
 
     def cost(self) -> Cost:
@@ -80,6 +86,7 @@ class Stepper:
         found: dict[float, State] = {}
         for start, stop in pairwise(cut_at_knots(self.field.knots, self.times[0], self.times[-1])):
             x = found[stop] = self._piece(x, start, stop, found)
+        self.under_way = False
         return [found[t] for t in self.times[1:]]
 
     # One smooth piece of the field
@@ -91,22 +98,22 @@ class Stepper:
             inside(self.field.knots, start, stop - start, 0, x.dtype),
             inside(self.field.knots, start, stop - start, 1, x.dtype),
         )
-        recompute = Recomputation([self.field.at(bounds[0])]) if self.every else None
+        piece = self.field.at(bounds[0])
+        recompute = Recomputation([piece]) if self.every else None
         self.watched = 0
-        self._count(start, 1)
 
         def slope_at_start(x: State) -> State:
-            return self._slope(bounds[0], x)
+            return self._slope(piece, bounds[0], x)
 
         slope = recompute(slope_at_start, x) if recompute else slope_at_start(x)
         if self.step is None:
-            self.step = self._first_step(start, x, slope, bounds)
+            self.step = self._first_step(piece, start, x, slope, bounds)
         t = start
         wanted = [time for time in self.times if self.way * start < self.way * time < self.way * stop]
         while t != stop:
             # Where nothing is read off between the ends, a step ends at the next requested time.
-            goal = stop if self.dense is not None or not wanted else wanted[0]
-            run = _Span(self, t, goal, wanted, bounds)
+            goal = stop if self.inner is not None or not wanted else wanted[0]
+            run = _Span(self, piece, t, goal, goal == stop, wanted, bounds)
             x, slope, inner = recompute(run, x, slope) if recompute else run(x, slope)
             t = run.end
             states = [state for stacked in inner for state in stacked.unbind()]
@@ -118,9 +125,10 @@ class Stepper:
 
     # One step
 
-    def plan(self, t: float, x: State, slope: State, goal: float, bounds: tuple[float, float]) -> tuple[Attempt, float]:
+    def plan(self, span: "_Span", x: State, slope: State) -> tuple[Attempt, float]:
         """The next attempt, and the size that it would have were the goal farther away."""
         assert self.step is not None
+        t, goal = span.end, span.goal
         h = min(self.step, self.control.max_step)
         if not h >= self.control.min_step or t + self.way * h == t:
             self._check_finite("the state or its field is not finite", t, h, x, slope)
@@ -130,26 +138,39 @@ class Stepper:
         hits = h >= left - 4 * sys.float_info.epsilon * max(abs(t), abs(goal))
         size = left if hits else h
         end = goal if hits else t + self.way * size
-        self._count(t, len(self.stages))
-        low, high = min(bounds), max(bounds)
-        depths = [min(max(end if c == 1 else t + c * (end - t), low), high) for c, _ in self.stages]
-        return Attempt(t, self.way * size, end, depths, min(max(end, low), high)), h
+        low, high = min(span.bounds), max(span.bounds)
+
+        def depth(c: float) -> float:
+            return min(max(end if c == 1 else t + c * (end - t), low), high)
+
+        depths, inner = [depth(c) for c, _ in self.stages], [depth(c) for c, _ in self.inner or ()]
+        shares = self._shares(t, end, span.wanted)
+        final = span.last and hits and not shares
+        return Attempt(span.piece, t, self.way * size, end, depths, depth(1), inner, shares, final), h
 
     def stages_of(self, attempt: Attempt, x: State, slope: State) -> tuple[State, list[State]]:
         """The new state, and the slopes of all stages."""
         slopes, end, h = [slope], x, attempt.h
         for depth, (_, row) in zip(attempt.depths, self.stages, strict=True):
             end = combine(self.total, x, h, row, slopes)
-            slopes.append(self._slope(depth, end))
+            unused = attempt.final and self.pair.reuses_last and len(slopes) == len(self.stages)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not unused):
+                slopes.append(self._slope(attempt.piece, depth, end))
         if not self.pair.reuses_last:
             end = combine(self.total, x, h, self.pair.b, slopes)
         return end, slopes
 
     def finished(self, attempt: Attempt, x: State, end: State, slopes: list[State]) -> tuple[State, list[Tensor]]:
         """The slope at the end of an accepted step, and the states wanted inside it, stacked."""
-        if not self.pair.reuses_last:
-            slopes = [*slopes, self._slope(attempt.last, end)]
-        return slopes[-1], [self._between(attempt, x, slopes)] if attempt.shares else []
+        if not (self.pair.reuses_last or attempt.final):
+            slopes = [*slopes, self._slope(attempt.piece, attempt.last, end)]
+        last = slopes[-1]
+        if not attempt.shares:
+            return last, []
+        for depth, (_, row) in zip(attempt.inner, self.inner or (), strict=True):
+            between = combine(self.total, x, attempt.h, row, slopes)
+            slopes = [*slopes, self._slope(attempt.piece, depth, between)]
+        return last, [self._between(attempt, x, slopes)]
 
     def accept(self, attempt: Attempt, free: float, x: State, end: State, slopes: list[State]) -> bool:
         """Whether the error meets the tolerance; it also decides the size of the next attempt."""
@@ -168,58 +189,56 @@ class Stepper:
             return False
         self.grid.append(attempt.end)
         self.ratios.append(ratio)
-        if not self.pair.reuses_last:
-            self._count(attempt.end, 1)
         return True
 
-    def shares(self, attempt: Attempt, wanted: Sequence[float]) -> list[float]:
-        """Where in an accepted step requested times lie, its ends left out."""
-        if self.dense is None:
+    def _shares(self, start: float, end: float, wanted: Sequence[float]) -> list[float]:
+        """Where in a step requested times lie, its ends left out."""
+        if self.inner is None:
             return []
-        first, last = self.way * attempt.t, self.way * attempt.end
-        return [(time - attempt.t) / attempt.h for time in wanted if first < self.way * time < last]
+        first, last = self.way * start, self.way * end
+        return [(time - start) / (end - start) for time in wanted if first < self.way * time < last]
 
     def _between(self, attempt: Attempt, x: State, slopes: list[State]) -> Tensor:
         """The states at the attempt's shares, stacked: x + h sum_i w_i(s) k_i."""
-        assert self.dense is not None
         s = torch.tensor(attempt.shares, dtype=torch.float64)
-        powers = torch.stack([s ** (p + 1) for p in range(len(self.dense))], dim=1)
-        weights = attempt.h * powers @ torch.tensor(self.dense, dtype=torch.float64)
+        powers = torch.stack([s ** (p + 1) for p in range(len(self.pair.dense))], dim=1)
+        weights = attempt.h * powers @ self.pair.dense
         with torch.autocast(x.device.type, enabled=False):
             return x + torch.tensordot(weights.to(x), torch.stack(slopes), 1)
 
     # The field
 
-    def _slope(self, t: float, x: State) -> State:
+    def _slope(self, piece: Field, t: float, x: State) -> State:
         """f(t, x) in the type of x; the second evaluation of a piece shows whether the field draws at each."""
-        self.watched += 1
+        if self.under_way:
+            self._count(t)
         if self.watched == 2 and self.field.training:
             before = random_state(x.device)
-            slope = self.field(t, x)
+            slope = piece(t, x)
             if unless_unused(before, x.device) is not None:
                 raise TypeError(
                     f"this field draws random numbers at every evaluation, and {self.title} would take its noise for an error "
                     "of the step: switch off its dropout, put the network in eval() mode, or take fixed steps (FixedStep)"
                 )
         else:
-            slope = self.field(t, x)
+            slope = piece(t, x)
         return checked(slope, x).to(x.dtype)
 
-    def _first_step(self, t: float, x: State, slope: State, bounds: tuple[float, float]) -> float:
+    def _first_step(self, piece: Field, t: float, x: State, slope: State, bounds: tuple[float, float]) -> float:
         def evaluate(t: Time, x: State) -> State:
-            return self._slope(t, x)  # pyright: ignore[reportArgumentType]
+            return self._slope(piece, t, x)  # pyright: ignore[reportArgumentType]
 
-        self._count(t, 1)
         first = self.control.first(evaluate, lambda state: components(self.field, state), x, slope, self.pair.order, bounds)
         if not 0 < first < float("inf"):
             self._check_finite("the state or its field is not finite", t, 0.0, x, slope)
             raise self._error("the field is not finite near the start", t, 0.0)
         return first
 
-    def _count(self, t: float, evaluations: int) -> None:
-        if self.evaluations + evaluations > self.control.max_evaluations:
+    def _count(self, t: float) -> None:
+        if self.evaluations == self.control.max_evaluations:
             raise self._error("the evaluation budget is spent", t, self.step or 0.0)
-        self.evaluations += evaluations
+        self.evaluations += 1
+        self.watched += 1
 
     # Failures
 
@@ -248,8 +267,17 @@ class _Span:
     A first attempt that is rejected ends the span where it began, so that nothing of it needs to be repeated.
     """
 
-    def __init__(self, stepper: Stepper, t: float, goal: float, wanted: Sequence[float], bounds: tuple[float, float]) -> None:
-        self.stepper, self.goal, self.wanted, self.bounds = stepper, goal, wanted, bounds
+    def __init__(
+        self,
+        stepper: Stepper,
+        piece: Field,
+        t: float,
+        goal: float,
+        last: bool,
+        wanted: Sequence[float],
+        bounds: tuple[float, float],
+    ) -> None:
+        self.stepper, self.piece, self.goal, self.last, self.wanted, self.bounds = stepper, piece, goal, last, wanted, bounds
         self.end = t
         self.made: list[Attempt] = []
         self.done = False
@@ -265,7 +293,7 @@ class _Span:
             return x, slope, inner
         self.done, accepted = True, 0
         while accepted < max(self.stepper.every, 1) and self.end != self.goal:
-            attempt, free = self.stepper.plan(self.end, x, slope, self.goal, self.bounds)
+            attempt, free = self.stepper.plan(self, x, slope)
             end, slopes = self.stepper.stages_of(attempt, x, slope)
             attempt.accepted = self.stepper.accept(attempt, free, x, end, slopes)
             if not (accepted or attempt.accepted):
@@ -273,7 +301,7 @@ class _Span:
             self.made.append(attempt)
             if attempt.accepted:
                 accepted += 1
-                self.end, attempt.shares = attempt.end, self.stepper.shares(attempt, self.wanted)
+                self.end = attempt.end
                 x, slope = self._taken(attempt, x, end, slopes, inner)
         return x, slope, inner
 
