@@ -5,13 +5,13 @@ from itertools import pairwise
 
 import pytest
 import torch
-from problems import FLOAT64, Function, tanh_layers
+from problems import FLOAT64, Function, Watched, tanh_layers
 from torch import nn
 from torch.autograd import gradcheck
 from torch.func import functional_call
 from torchdiffeq._impl.odeint import SOLVERS
 
-from continuum import MLP, Adaptive, Autonomous, Euler, Expansion, Field, FixedStep, Flow, Hat, PiecewiseConstant, PreActivation
+from continuum import MLP, Adaptive, Autonomous, Expansion, Field, Flow, Hat, PiecewiseConstant, PreActivation
 from continuum.analysis.memory import StorageTally, peak_memory
 
 FAST = ["dopri5", "bosh3", "dopri8"]
@@ -168,7 +168,7 @@ def test_gradients_are_those_of_the_unrolled_steps(method, case, times, counted)
     found = {}
     for gradient in ("direct", "checkpoint"):
         flow = Flow(field, Adaptive(method, 1e-4, 1e-4, gradient=gradient), depth=2)
-        path = flow.trajectory(x, times)
+        path = flow.trajectory(x, times, exact=True)
         found[gradient] = gradients(field, x, [path[i] for i in counted])
     states = unrolled(field, x, flow.cost.grid, method)
     expected = gradients(field, x, [states[flow.cost.grid.index(times[i])] for i in counted])
@@ -236,7 +236,7 @@ def test_the_adjoint_takes_no_steps_for_the_sake_of_the_depth():
     field.register_forward_pre_hook(
         lambda field, inputs: asked.append(isinstance(inputs[0], torch.Tensor) and inputs[0].requires_grad)
     )
-    flow = Flow(field, Adaptive("dopri5", 1e-6, 1e-6, gradient="adjoint"), depth=3)
+    flow = Flow(field, Adaptive("dopri5", 1e-6, 1e-6, gradient="adjoint"), depth=2)
     flow(points(3)).sum().backward()
     assert len(asked) > flow.cost.evaluations
     assert not any(asked)
@@ -419,7 +419,7 @@ def test_gradients_through_batch_statistics_are_those_of_the_unrolled_steps(grad
 
 
 class Drawn(Field):
-    """A field that draws a mask of its own at every evaluation, of which solvers do not know."""
+    """A field that draws a mask of its own at every evaluation, in evaluation mode too, of which solvers do not know."""
 
     def __init__(self):
         super().__init__()
@@ -435,7 +435,7 @@ class Drawn(Field):
 def test_random_numbers_are_drawn_again_and_given_back(method, make):
     found = []
     for gradient in ("direct", "checkpoint"):
-        field, x = make(), points().requires_grad_()
+        field, x = make().eval(), points().requires_grad_()
         flow = Flow(field, Adaptive(method, 0.05, 0.05, gradient=gradient, max_step=0.5, first_step=2.0), depth=2)
         torch.manual_seed(7)
         end = flow(x)
@@ -446,24 +446,70 @@ def test_random_numbers_are_drawn_again_and_given_back(method, make):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-# Twice, and what may not be
+@pytest.mark.parametrize("module", [nn.Dropout(0.3), nn.RReLU(), Drawn()], ids=["Dropout", "RReLU", "Drawn"])
+@ALL
+def test_a_field_that_draws_in_training_is_refused(gradient, module):
+    """Whoever draws: an error control would take the noise for an error of the step."""
+    field = module if isinstance(module, Field) else Autonomous(nn.Sequential(nn.Linear(2, 2, dtype=FLOAT64), module))
+    flow = Flow(field, Adaptive("dopri5", gradient=gradient), depth=1)
+    with pytest.raises(TypeError, match="draws random numbers at every evaluation"):
+        flow.train()(points())
+    flow.eval()(points())
+
+
+# Whatever autograd is asked for
+
+
+@pytest.mark.parametrize("case", FIELDS)
+@pytest.mark.parametrize("method", FAST)
+@EXACT
+def test_second_derivatives_are_those_of_the_unrolled_steps(gradient, method, case):
+    field, x = FIELDS[case](), points(3).requires_grad_()
+    flow = Flow(field, Adaptive(method, 1e-3, 1e-3, gradient=gradient), depth=2)
+    found = []
+    for end in (flow(x), unrolled(field, x, flow.cost.grid, method)[-1]):
+        (first,) = torch.autograd.grad(loss([end]), x, create_graph=True)
+        found.append(gradients(field, x, [first]))
+    assert_close(*found)
 
 
 @EXACT
-def test_differentiating_twice_is_refused_with_what_does_it(gradient):
-    flow = Flow(mlp(), Adaptive("dopri5", gradient=gradient), depth=1)
-    x = points().requires_grad_()
-    with pytest.raises(RuntimeError, match=r"create_graph=True.*fixed steps.*engine='torchdiffeq'"):
-        torch.autograd.grad(flow(x).square().sum(), x, create_graph=True)
+def test_a_hook_on_a_parameter_acts_once(gradient):
+    flow, x = Flow(mlp(), Adaptive("dopri5", gradient=gradient), depth=1), points()
+    flow(x).sum().backward()
+    plain = [parameter.grad for parameter in flow.parameters()]
+    flow.zero_grad()
+    for parameter in flow.parameters():
+        parameter.register_hook(lambda gradient: 2 * gradient)
+    flow(x).sum().backward()
+    for once, parameter in zip(plain, flow.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, 2 * once)
 
 
-@pytest.mark.parametrize(
-    "solver", [FixedStep(Euler(), h=0.5), Adaptive("dopri5", engine="torchdiffeq", **constant(0.5))], ids=str
-)
-def test_what_the_refusal_names_differentiates_twice(solver):
-    flow, x = Flow(mlp(), solver, depth=1), points().requires_grad_()
-    (first,) = torch.autograd.grad(flow(x).square().sum(), x, create_graph=True)
-    assert all(gradient.abs().sum() > 0 for gradient in torch.autograd.grad(first.square().sum(), [x, *flow.parameters()]))
+@pytest.mark.parametrize("case", ["autonomous", "with time", "jumps"])
+@pytest.mark.parametrize("method", FAST)
+def test_transforms_of_functions(method, case):
+    """Forward-mode and reverse-mode derivatives agree; a map over samples shares its steps, as a batch does."""
+    field, x = FIELDS[case](), points(3)
+    flow = Flow(field, Adaptive(method, 1e-3, 1e-3), depth=2)
+    (expected,) = torch.autograd.grad(loss([flow(x.requires_grad_())]), x)
+    x = x.detach()
+    assert_close([torch.func.grad(lambda x: loss([flow(x)]))(x)], [expected])
+    direction = points(3, seed=2)
+    _, along = torch.func.jvp(lambda x: loss([flow(x)]), (x,), (direction,))
+    torch.testing.assert_close(along, (expected * direction).sum())
+    assert_close([torch.func.vmap(lambda row: flow(row[None])[0])(x)], [flow(x)])
+
+
+@EXACT
+def test_a_checkpoint_around_a_flow_solves_it_twice(gradient):
+    field = Watched(mlp())
+    flow, x = Flow(field, Adaptive("dopri5", gradient=gradient), depth=1), points().requires_grad_()
+    end = torch.utils.checkpoint.checkpoint(flow, x, use_reentrant=False)
+    (found,) = torch.autograd.grad(end.sum(), x)
+    assert len(field.depths) <= (2 if gradient == "direct" else 3) * flow.cost.evaluations
+    (expected,) = torch.autograd.grad(flow(x).sum(), x)
+    assert_close([found], [expected])
 
 
 @pytest.mark.parametrize("case", FIELDS)
@@ -489,7 +535,7 @@ def test_parameters_changed_before_the_backward_pass_are_noticed(gradient):
     flow = Flow(mlp(), Adaptive("dopri5", gradient=gradient), depth=1)
     end = flow(points())
     with torch.no_grad():
-        list(flow.parameters())[-1].add_(1)
+        next(iter(flow.parameters())).add_(1)
     with pytest.raises(RuntimeError, match=r"modified by an inplace operation|changed in place"):
         end.sum().backward()
 
@@ -509,8 +555,8 @@ class Square(Field):
 @EXACT
 def test_states_changed_before_the_backward_pass_are_noticed(gradient, which):
     """As where the next batch is copied into the place of this one. A requested state is given to the caller."""
-    field, x = Square(), points()
-    states = Adaptive("dopri5", gradient=gradient)(field, x, (0.0, 0.5, 1.0)).states
+    field, x = Square(), points().requires_grad_()
+    states = Adaptive("dopri5", gradient=gradient)(field, x, (0.0, 0.5, 1.0), exact=True).states
     with torch.no_grad():
         states[which].mul_(2)
     with pytest.raises(RuntimeError, match=r"modified by an inplace operation|changed in place"):
@@ -540,7 +586,8 @@ def an_output():
 @pytest.mark.parametrize("foreign", [a_leaf, an_output])
 @pytest.mark.parametrize("where", ["alone", "beside parameters", "in a later layer"])
 @ALL
-def test_a_gradient_that_leads_out_of_the_field_is_not_lost_in_silence(gradient, where, foreign):
+def test_a_gradient_that_leads_out_of_the_field_is_not_lost(gradient, where, foreign):
+    """It comes back as any other, or is refused by the adjoint, which would lose it in silence."""
     tensor = foreign()
     field = Function(lambda t, x: torch.tanh(x * tensor))
     if where == "beside parameters":
@@ -549,11 +596,15 @@ def test_a_gradient_that_leads_out_of_the_field_is_not_lost_in_silence(gradient,
         field.known = known
     elif where == "in a later layer":
         field = PiecewiseConstant([mlp(), field])
-    flow = Flow(field, Adaptive("dopri5", gradient=gradient), depth=2)
-    with pytest.raises(TypeError, match=r"requires a gradient and is neither its state nor one of its parameters"):
-        flow(points())
-    with torch.no_grad():
-        assert flow(points()).isfinite().all()
+    flow, x = Flow(field, Adaptive("dopri5", gradient=gradient), depth=2), points()
+    if gradient == "adjoint":
+        with pytest.raises(TypeError, match=r"requires a gradient and is neither its state nor one of its parameters"):
+            flow(x)
+        with torch.no_grad():
+            assert flow(x).isfinite().all()
+        return
+    found = torch.autograd.grad(loss([flow(x)]), tensor, retain_graph=True)
+    assert_close(found, torch.autograd.grad(loss(unrolled(field, x, flow.cost.grid, "dopri5")[-1:]), tensor))
 
 
 @ALL

@@ -101,8 +101,8 @@ def fused_sum(x: State, weights: Sequence[float], slopes: Sequence[State]) -> St
     """The sum by one kernel; short ones are filled up with zeros, so that few kernels serve all steps."""
     filled = [*weights, *[0.0] * (-len(weights) % FILL)]
     terms = [*slopes, *[slopes[0]] * (len(filled) - len(slopes))]
-    # Numbers as tensors without axes are arguments of the kernel, not constants of it.
-    return _fused()(x, torch.tensor(filled, dtype=torch.float64).unbind(), terms)
+    # Numbers as tensors without axes are arguments of the kernel, not constants of it; the same tensor twice would be another.
+    return _fused()(x.detach(), torch.tensor(filled, dtype=torch.float64).unbind(), [k.detach() for k in terms])
 
 
 FILL = 7

@@ -245,7 +245,7 @@ class FixedStep(Solver):
     def _take_twice(self, field: Field, x: State, memory: Memory, steps: Sequence[Step]) -> tuple[State, Memory]:
         """The steps, of whose graph the inputs alone are stored; the backward pass takes them again."""
 
-        def take(x: State, *memory: Any) -> tuple[State, Memory]:
+        def take(x: State, *memory: Any):
             return self._take(field, x, memory, steps)
 
         if torch.compiler.is_compiling():  # a graph moves running statistics once, whatever it recomputes

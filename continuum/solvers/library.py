@@ -31,7 +31,7 @@ from continuum.solvers.base import (
 )
 from continuum.solvers.packed import components
 from continuum.solvers.pairs import PAIRS
-from continuum.solvers.recompute import Precision, holding, slots_of
+from continuum.solvers.recompute import Precision, holding, refusing_draws, slots_of
 from continuum.types import State, Time
 
 if TYPE_CHECKING:
@@ -162,7 +162,8 @@ class _Equation:
         if solve.evaluations >= solve.solver.max_evaluations:
             raise self.error("the evaluation budget is spent", t, 0.0)
         solve.evaluations += 1
-        slope = self._adjoint_slope(t, x) if solve.adjoint else checked(solve.field(t, x), x).to(x.dtype)
+        with refusing_draws(solve.evaluations == 2 and solve.field.training, x.device, str(solve.solver)):
+            slope = self._adjoint_slope(t, x) if solve.adjoint else checked(solve.field(t, x), x).to(x.dtype)
         self.recent.append(slope.detach())
         return slope
 

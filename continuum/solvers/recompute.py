@@ -193,6 +193,18 @@ def unless_unused(before: RandomState, device: torch.device) -> RandomState | No
 
 
 @contextmanager
+def refusing_draws(watch: bool, device: torch.device, solver: str) -> Iterator[None]:
+    """Raise TypeError if random numbers are drawn inside the block, for solvers that estimate errors."""
+    before = random_state(device) if watch else ()
+    yield
+    if watch and unless_unused(before, device) is not None:
+        raise TypeError(
+            f"this field draws random numbers at every evaluation, and {solver} would take its noise for an error of the step: "
+            "switch off its dropout, put the network in eval() mode, or take fixed steps (FixedStep)"
+        )
+
+
+@contextmanager
 def as_drawn(state: RandomState | None, device: torch.device) -> Iterator[None]:
     """Random numbers from `state` on, and afterwards as if none had been drawn; None where none will be."""
     if state is None:

@@ -22,7 +22,7 @@ from continuum.solvers.base import Cost, SolveError, advice, cut_at_knots, rows_
 from continuum.solvers.control import StepControl, any_rank
 from continuum.solvers.packed import components
 from continuum.solvers.pairs import Pair
-from continuum.solvers.recompute import Recomputation, random_state, unless_unused
+from continuum.solvers.recompute import Recomputation, refusing_draws
 from continuum.types import State, Time
 
 
@@ -154,8 +154,7 @@ class Stepper:
         for depth, (_, row) in zip(attempt.depths, self.stages, strict=True):
             end = combine(self.total, x, h, row, slopes)
             unused = attempt.final and self.pair.reuses_last and len(slopes) == len(self.stages)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not unused):
-                slopes.append(self._slope(attempt.piece, depth, end))
+            slopes.append((self._number if unused else self._slope)(attempt.piece, depth, end))
         if not self.pair.reuses_last:
             end = combine(self.total, x, h, self.pair.b, slopes)
         return end, slopes
@@ -212,21 +211,22 @@ class Stepper:
         """f(t, x) in the type of x; the second evaluation of a piece shows whether the field draws at each."""
         if self.under_way:
             self._count(t)
-        if self.watched == 2 and self.field.training:
-            before = random_state(x.device)
-            slope = piece(t, x)
-            if unless_unused(before, x.device) is not None:
-                raise TypeError(
-                    f"this field draws random numbers at every evaluation, and {self.title} would take its noise for an error "
-                    "of the step: switch off its dropout, put the network in eval() mode, or take fixed steps (FixedStep)"
-                )
-        else:
-            slope = piece(t, x)
-        return checked(slope, x).to(x.dtype)
+        with refusing_draws(self.watched == 2 and self.field.training, x.device, self.title):
+            return checked(piece(t, x), x).to(x.dtype)
+
+    def _number(self, piece: Field, t: float, x: State) -> State:
+        """f(t, x) without the graph behind it, of a state that the field may differentiate by."""
+        if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+            return self._slope(piece, t, x)
+        # Kept out of a recomputation, which needs no tensor of it.
+        with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda tensor: tensor):
+            return self._slope(piece, t, x.detach().requires_grad_(x.requires_grad)).detach()
 
     def _first_step(self, piece: Field, t: float, x: State, slope: State, bounds: tuple[float, float]) -> float:
-        def evaluate(t: Time, x: State) -> State:
-            return self._slope(piece, t, x)  # pyright: ignore[reportArgumentType]
+        def evaluate(t: Time, moved: State) -> State:
+            if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+                moved.requires_grad_(x.requires_grad)
+            return self._number(piece, t, moved)  # pyright: ignore[reportArgumentType]
 
         first = self.control.first(evaluate, lambda state: components(self.field, state), x, slope, self.pair.order, bounds)
         if not 0 < first < float("inf"):
