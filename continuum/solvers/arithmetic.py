@@ -1,8 +1,8 @@
 """The sums of a Runge-Kutta step, x + h sum_i w_i k_i and h sum_i e_i k_i / (atol + rtol max(|x|, |x+|)).
 
-A sum is linear, so its gradient needs none of it: the backward pass hands the gradient to x and h w_i times it to each slope.
-In eager mode a term is one pass over memory that is already there; where the field is compiled, a sum is one fused kernel on a
-GPU. On a CPU both wait for the memory, and the call of a compiled function costs more than the passes that it saves.
+A term is one pass over memory that is already there. A sum is linear, so autograd saves nothing for it: the backward pass
+hands the gradient to x, and h w_i times it to each slope. Where the field is compiled, a sum is one fused kernel on a GPU. On
+a CPU both wait for the memory, and the call of a compiled function costs more than the passes that it saves.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,55 +17,21 @@ from continuum.solvers.packed import Packed
 from continuum.types import State
 
 Sum = Callable[[State, Sequence[float], Sequence[State]], State]
-"""x + sum_i w_i k_i as numbers; every weight counts."""
+"""x + sum_i w_i k_i, differentiable; there is at least one term."""
 
 
 def combine(total: Sum, x: State, h: float, weights: Sequence[float], slopes: Sequence[State]) -> State:
-    """x + h sum_i w_i k_i, differentiable in every way that autograd knows; a weight of zero costs nothing."""
+    """x + h sum_i w_i k_i; a weight of zero costs nothing."""
     terms = [(h * w, k) for w, k in zip(weights, slopes, strict=False) if w]
-    if not terms:
-        return x
-    numbers, used = zip(*terms, strict=True)
-    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-        return _Linear.apply(total, numbers, x, *used)  # pyright: ignore[reportReturnType]
-    return total(x, numbers, used)
-
-
-class _Linear(torch.autograd.Function):
-    """x + sum_i w_i k_i as one node of the graph, which saves nothing."""
-
-    @staticmethod
-    def forward(total: Sum, weights: Sequence[float], x: State, *slopes: State) -> State:
-        return total(x, weights, slopes)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: State) -> None:
-        ctx.total, ctx.weights = inputs[:2]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[3:]
-        scaled = (grad * w if needed else None for w, needed in zip(ctx.weights, wanted, strict=True))
-        return None, None, grad, *scaled
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | None:
-        _, _, x, *slopes = tangents
-        terms = [(w, k) for w, k in zip(ctx.weights, slopes, strict=True) if k is not None]
-        parts = [w * k for w, k in terms] if x is None else [x, *(w * k for w, k in terms)]
-        return sum(parts[1:], start=parts[0]) if parts else None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], total: Sum, weights: Any, *states: State) -> tuple[State, int]:
-        batched = [
-            s.expand(info.batch_size, *s.shape) if dim is None else s.movedim(dim, 0)
-            for s, dim in zip(states, in_dims[2:], strict=True)
-        ]
-        return _Linear.apply(total, weights, *batched), 0  # pyright: ignore[reportReturnType]
+    return total(x, [w for w, _ in terms], [k for _, k in terms]) if terms else x
 
 
 def plain_sum(x: State, weights: Sequence[float], slopes: Sequence[State]) -> State:
     total = torch.add(x, slopes[0], alpha=weights[0])
+    if torch._C._are_functorch_transforms_active():  # where one tensor may be batched and another not
+        for weight, slope in zip(weights[1:], slopes[1:], strict=True):
+            total = torch.add(total, slope, alpha=weight)
+        return total
     for weight, slope in zip(weights[1:], slopes[1:], strict=True):
         total.add_(slope, alpha=weight)
     return total
@@ -98,11 +64,30 @@ def _fused() -> Callable[..., Tensor]:
 
 
 def fused_sum(x: State, weights: Sequence[float], slopes: Sequence[State]) -> State:
-    """The sum by one kernel; short ones are filled up with zeros, so that few kernels serve all steps."""
-    filled = [*weights, *[0.0] * (-len(weights) % FILL)]
-    terms = [*slopes, *[slopes[0]] * (len(filled) - len(slopes))]
-    # Numbers as tensors without axes are arguments of the kernel, not constants of it; the same tensor twice would be another.
-    return _fused()(x.detach(), torch.tensor(filled, dtype=torch.float64).unbind(), [k.detach() for k in terms])
+    """The sum by one kernel."""
+    if torch._C._are_functorch_transforms_active():
+        return plain_sum(x, weights, slopes)
+    return _Fused.apply(weights, x, *slopes)  # pyright: ignore[reportReturnType]
+
+
+class _Fused(torch.autograd.Function):
+    """x + sum_i w_i k_i as one node of the graph, which saves nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Sequence[float], x: State, *slopes: State) -> State:
+        """Short sums are filled up with zeros, so that few kernels serve all steps."""
+        ctx.weights = weights
+        filled = [*weights, *[0.0] * (-len(weights) % FILL)]
+        terms = [*slopes, *[slopes[0]] * (len(filled) - len(slopes))]
+        # Numbers as tensors without axes are arguments of the kernel, not constants of it; the same tensor twice would be
+        # another.
+        numbers = torch.tensor(filled, dtype=torch.float64).unbind()
+        return _fused()(x.detach(), numbers, [k.detach() for k in terms])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[2:]
+        return None, grad, *(grad * w if needed else None for w, needed in zip(ctx.weights, wanted, strict=True))
 
 
 FILL = 7
