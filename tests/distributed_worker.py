@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from continuum import Autonomous, Coupled, Field, Flow, ODENetBranch, PiecewiseConstant, SolveError
+from continuum import Autonomous, Coupled, Field, Flow, PiecewiseConstant, SolveError
+from continuum.fields import ODENetBranch
 from continuum.fields.branches import group_norm
 
 WORLD = 2
@@ -274,8 +275,8 @@ def classified(rank: int) -> dict[str, Any]:
     from pytorch_lightning.strategies import DDPStrategy
     from torch.utils.data import DataLoader, TensorDataset
 
-    from continuum import odenet
     from continuum.training import Classifier
+    from continuum.zoo import odenet
 
     os.environ.update(WORLD_SIZE=str(WORLD), RANK=str(rank), LOCAL_RANK=str(rank), NODE_RANK="0")
     seen = {}

@@ -30,7 +30,7 @@ def main(rank: int, folder: Path, solver: str, port: str) -> None:
         MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank), NODE_RANK="0"
     )
     pl.seed_everything(0)
-    network = continuum.stochastic_depth_resnet(14, width=8, in_channels=1, solver=solver)
+    network = continuum.zoo.stochastic_depth_resnet(14, width=8, in_channels=1, solver=solver)
     model = Watched(network, learning_rate=0.01)
     model.drawn = []
     trainer = pl.Trainer(

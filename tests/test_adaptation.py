@@ -38,12 +38,12 @@ def fit(
 
 def lm_resnet() -> Network:
     torch.manual_seed(0)
-    return continuum.lm_resnet(14, width=4, in_channels=1)
+    return continuum.zoo.lm_resnet(14, width=4, in_channels=1)
 
 
 def odenet(solver: str) -> Network:
     torch.manual_seed(0)
-    return continuum.odenet(width=4, downsample=False, in_channels=1, solver=solver)
+    return continuum.zoo.odenet(width=4, downsample=False, in_channels=1, solver=solver)
 
 
 class Watch(pl.Callback):
@@ -228,7 +228,7 @@ def test_adapting_changes_the_solver_of_the_run_and_survives_a_resume(tmp_path: 
 def test_looking_leaves_no_trace(tmp_path: Path) -> None:
     """Buffers, modes, generators and the cost of the training solve are as without the callback."""
     torch.manual_seed(0)
-    network = continuum.preresnet(14, width=4, in_channels=1, solver="euler:h=0.5")
+    network = continuum.zoo.preresnet(14, width=4, in_channels=1, solver="euler:h=0.5")
     network.stem.eval()
     model = Classifier(network)
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)

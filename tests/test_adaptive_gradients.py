@@ -11,8 +11,10 @@ from torch.autograd import gradcheck
 from torch.func import functional_call
 from torchdiffeq._impl.odeint import SOLVERS
 
-from continuum import MLP, Adaptive, Autonomous, Euler, Expansion, Field, FixedStep, Flow, Hat, PiecewiseConstant, PreActivation
+from continuum import MLP, Adaptive, Autonomous, Euler, Expansion, Field, FixedStep, Flow, PiecewiseConstant
 from continuum.analysis.memory import StorageTally, peak_memory
+from continuum.bases import Hat
+from continuum.fields import PreActivation
 
 FAST = ["dopri5", "bosh3", "dopri8"]
 EXACT = pytest.mark.parametrize("gradient", ["direct", "checkpoint"])

@@ -79,7 +79,7 @@ def _quick():
 @pytest.fixture(scope="module")
 def lm_network():
     torch.manual_seed(0)
-    return continuum.lm_resnet(20, in_channels=1, width=4).eval()
+    return continuum.zoo.lm_resnet(20, in_channels=1, width=4).eval()
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_the_report_of_a_network_with_memory(folder, lm_network):
 
 def test_what_a_network_does_not_have_is_left_out_and_said(tmp_path, capsys):
     torch.manual_seed(0)
-    page, numbers = analysed(continuum.odenet(width=4, downsample=False), tmp_path)
+    page, numbers = analysed(continuum.zoo.odenet(width=4, downsample=False), tmp_path)
     check_alone(page)
     summaries = {section["title"]: section["summary"] for section in numbers["sections"]}
     assert summaries["Momentum"].startswith("Left out: no layer of this network has a k")
@@ -122,9 +122,9 @@ def test_what_a_network_does_not_have_is_left_out_and_said(tmp_path, capsys):
 def test_other_networks_are_analysed_as_far_as_it_goes(build):
     torch.manual_seed(0)
     builders = {
-        "stochastic_depth_resnet": lambda: continuum.stochastic_depth_resnet(14, width=4),
-        "hamiltonian": lambda: continuum.hamiltonian(38, widths=(4, 8, 8)),
-        "polynet": lambda: continuum.polynet(blocks=(1, 1, 1), width=4),
+        "stochastic_depth_resnet": lambda: continuum.zoo.stochastic_depth_resnet(14, width=4),
+        "hamiltonian": lambda: continuum.zoo.hamiltonian(38, widths=(4, 8, 8)),
+        "polynet": lambda: continuum.zoo.polynet(blocks=(1, 1, 1), width=4),
     }
     network = builders[build]().eval()
     before = {name: value.clone() for name, value in network.state_dict().items()}
@@ -168,7 +168,7 @@ def test_a_training_that_was_cut_short(tmp_path, monkeypatch):
             "--trainer.max_steps=3",
             "--trainer.accelerator=cpu",
             "--trainer.logger=false",
-            "--model.network=continuum.odenet",
+            "--model.network=continuum.zoo.odenet",
             "--model.network.width=4",
             "--model.network.downsample=false",
             "--data.train_size=64",
@@ -180,7 +180,7 @@ def test_a_training_that_was_cut_short(tmp_path, monkeypatch):
 
 
 def test_a_network_without_flows_is_refused(tmp_path, capsys):
-    checkpoint = saved(continuum.fractalnet(columns=2, widths=(4,), dropout=(0.0,)), tmp_path / "network.pt")
+    checkpoint = saved(continuum.zoo.fractalnet(columns=2, widths=(4,), dropout=(0.0,)), tmp_path / "network.pt")
     with pytest.raises(SystemExit) as stopped:
         main(["analyse", checkpoint])
     assert stopped.value.code == 2

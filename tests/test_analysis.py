@@ -22,7 +22,7 @@ def test_stochastic_solvers_run_over_paths_and_deterministic_ones_on_the_drift(
     batches: list[tuple[Tensor, Tensor]], tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
-    network = continuum.stochastic_depth_resnet(14, width=8, in_channels=1)
+    network = continuum.zoo.stochastic_depth_resnet(14, width=8, in_channels=1)
     texts = ("euler_maruyama", "euler_maruyama:increments=brownian,h=0.5", "brownian:method=euler,h=0.5", "rk4:h=0.5")
     rows = list(compare(network, batches, [parse(text) for text in texts], CPU, paths=4))
     images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
@@ -80,7 +80,7 @@ def test_peak_memory_is_what_lives_at_once() -> None:
 @pytest.fixture
 def network() -> continuum.Network:
     torch.manual_seed(0)
-    return continuum.preresnet(14, width=4, in_channels=1).eval()
+    return continuum.zoo.preresnet(14, width=4, in_channels=1).eval()
 
 
 @pytest.fixture

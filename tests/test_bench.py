@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from continuum import preresnet
-from continuum.analysis import bench, bench_time
-from continuum.analysis.bench import ALLOCATOR, SECTIONS, missing, new_report, plan, summary
-from continuum.analysis.bench_counts import Synchronisations
-from continuum.analysis.bench_time import Plan, Problem, Way, compared, counted, forward, libraries, ours, textbook
+from continuum.bench import report as bench
+from continuum.bench import timing
+from continuum.bench.counts import Synchronisations
+from continuum.bench.report import ALLOCATOR, SECTIONS, missing, new_report, plan, summary
+from continuum.bench.timing import Plan, Problem, Way, compared, counted, forward, libraries, ours, textbook
 from continuum.cli import main
 from continuum.cli.bench import bench_parser
+from continuum.zoo import preresnet
 
 CPU = torch.device("cpu")
 TINY = Problem((8, 8, 8), 2)
@@ -87,7 +88,7 @@ def test_a_ratio_is_of_the_own_evaluations_and_of_one_round(monkeypatch: pytest.
         run()
         return next(seconds)
 
-    monkeypatch.setattr(bench_time, "_timed", timed)
+    monkeypatch.setattr(timing, "_timed", timed)
     ways = {"f": Way(lambda: order.append("f"), 10), "solve": Way(lambda: order.append("solve"), 20)}
     row, _ = compared(ways, replace(plan(quick=True), warm_up=1, rounds=3), CPU)
     assert order == ["solve", "f", "f", "solve", "solve", "f", "f", "solve"]

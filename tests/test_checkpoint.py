@@ -12,25 +12,10 @@ import torch
 from problems import FLOAT64
 from torch import nn
 
-from continuum import (
-    MLP,
-    RK4,
-    AdamsBashforth,
-    Adaptive,
-    Augment,
-    CheckpointError,
-    Euler,
-    FixedStep,
-    Flow,
-    Network,
-    lm_resnet,
-    load,
-    mlp,
-    odenet,
-    preresnet,
-    save,
-)
-from continuum.models import builder
+from continuum import MLP, RK4, Adaptive, CheckpointError, Euler, FixedStep, Flow, Network, load, save
+from continuum.models import Augment, builder
+from continuum.schemes import AdamsBashforth
+from continuum.zoo import lm_resnet, mlp, odenet, preresnet
 
 NETWORKS = {
     "preresnet": (lambda: preresnet(14, width=4, num_classes=3), (2, 3, 8, 8)),
@@ -307,7 +292,7 @@ class Refuse:
 
 sys.meta_path.insert(0, Refuse())
 import torch, continuum
-network = continuum.odenet(width=4)
+network = continuum.zoo.odenet(width=4)
 continuum.save(network, {path!r})
 print(tuple(continuum.load({path!r})(torch.zeros(1, 1, 28, 28)).shape))
 """

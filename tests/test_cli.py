@@ -29,7 +29,7 @@ EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 NETWORK = """
 model:
   network:
-    class_path: continuum.odenet
+    class_path: continuum.zoo.odenet
     init_args:
       width: 4
       downsample: false
@@ -60,7 +60,7 @@ def run(*arguments: str) -> None:
 
 NOISY = """model:
   network:
-    class_path: continuum.stochastic_depth_resnet
+    class_path: continuum.zoo.stochastic_depth_resnet
     init_args:
       depth: 14
       width: 8
@@ -182,7 +182,7 @@ def test_two_runs_are_equal_and_a_killed_one_resumes() -> None:
 
 
 def test_a_saved_network_is_compared_on_named_data(capsys: pytest.CaptureFixture[str]) -> None:
-    continuum.save(continuum.preresnet(14, width=4, in_channels=1), "network.pt")
+    continuum.save(continuum.zoo.preresnet(14, width=4, in_channels=1), "network.pt")
     assert "--data" in refused(capsys, "compare", "network.pt")
     data = ("--data", "Digits")
     assert "Momentum" in refused(capsys, "compare", "network.pt", *data, "--solver", "linear_two_step")
@@ -212,7 +212,7 @@ def test_an_unknown_key_is_named_with_its_line(capsys: pytest.CaptureFixture[str
         (("bosh3:", "bosch3:"), ["bosch3", "bosh3", "dopri5", "rk4"]),
         (("rtol=1e-2,", "tol=1e-2,"), ["tol", "rtol", "max_evaluations"]),
         (("bosh3:rtol=1e-2,atol=1e-2", "euler:h=0.3"), ["1/m", "0.3"]),
-        (("continuum.odenet", "continuum.odnet"), ["odnet"]),
+        (("continuum.zoo.odenet", "continuum.zoo.odnet"), ["odnet"]),
     ],
 )
 def test_bad_values_in_a_config(capsys: pytest.CaptureFixture[str], change: tuple[str, str], expected: list[str]) -> None:

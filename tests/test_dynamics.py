@@ -9,22 +9,11 @@ from problems import FLOAT64, MATRIX, tanh_layers
 from torch import nn
 
 import continuum
-from continuum import (
-    MLP,
-    Autonomous,
-    Euler,
-    Expansion,
-    FixedStep,
-    Flow,
-    Hat,
-    LinearTwoStep,
-    Momentum,
-    Network,
-    PiecewiseConstant,
-)
+from continuum import MLP, Autonomous, Euler, Expansion, FixedStep, Flow, Momentum, Network, PiecewiseConstant
 from continuum.analysis.cost import tolerance_sweep
 from continuum.analysis.dynamics import dynamics, largest_singular_values
-from continuum.bases import Box, Legendre
+from continuum.bases import Box, Hat, Legendre
+from continuum.schemes import LinearTwoStep
 
 
 def linear(matrix, dtype=FLOAT64):
@@ -123,7 +112,7 @@ def test_smoothness_leaves_out_the_k_of_momentum():
 @pytest.mark.parametrize("build", ["lm_resnet", "stochastic_depth_resnet", "odenet"])
 def test_published_networks(build):
     torch.manual_seed(0)
-    built = continuum.odenet(width=8) if build == "odenet" else getattr(continuum, build)(14)
+    built = continuum.zoo.odenet(width=8) if build == "odenet" else getattr(continuum.zoo, build)(14)
     images = torch.randn(2, 1 if build == "odenet" else 3, 8, 8)
     before = {name: value.clone() for name, value in built.state_dict().items()}
     found = dynamics(built, images)

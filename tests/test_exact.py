@@ -10,17 +10,12 @@ import torchdiffeq
 from problems import FLOAT64
 from torch import nn
 
-from continuum import (
-    MLP,
-    Augment,
-    Autonomous,
-    FixedStep,
-    Flow,
-    LinearTwoStep,
-    Momentum,
-    PiecewiseConstant,
-    Scaled,
-    SecondOrder,
+from continuum import MLP, Autonomous, FixedStep, Flow, Momentum, PiecewiseConstant, SecondOrder
+from continuum.fields import Scaled
+from continuum.models import Augment
+from continuum.noise import StochasticDepth
+from continuum.schemes import LinearTwoStep
+from continuum.zoo import (
     dropout_resnet,
     lm_resnet,
     mlp,
@@ -32,7 +27,6 @@ from continuum import (
     stochastic_depth_resnet,
     stochastic_lm_resnet,
 )
-from continuum.noise import StochasticDepth
 
 
 def images(batch=8, size=16, seed=0):

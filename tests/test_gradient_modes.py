@@ -9,9 +9,9 @@ from problems import FLOAT64, Function, tanh_layers
 from torch import nn
 
 import continuum
-from continuum import MLP, Autonomous, Coupled, Coupling, Euler, FixedStep, Flow, Momentum, PiecewiseConstant
+from continuum import MLP, Autonomous, Coupled, Euler, FixedStep, Flow, Momentum, PiecewiseConstant
 from continuum.analysis.gradients import compare_gradients
-from continuum.schemes import LinearTwoStep, Verlet
+from continuum.schemes import Coupling, LinearTwoStep, Verlet
 from continuum.solvers import Adaptive, parse
 
 
@@ -132,7 +132,7 @@ def test_memory_is_without_the_parameters_and_their_gradients():
 
 
 def test_float32_with_batch_norm_and_its_buffers_untouched():
-    network = continuum.resnet(14, width=4)
+    network = continuum.zoo.resnet(14, width=4)
     flow = network.flows[0].train()
     x = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0)).relu()
     before = {name: buffer.clone() for name, buffer in flow.named_buffers()}

@@ -513,7 +513,7 @@ def test_a_regulariser_of_your_own_is_looked_at(coefficients, noise, error, mess
         (lambda f: Bernoulli(1.75), ValueError, "probability"),
         (lambda f: Dropout(f, 0.1).scaled(-1.0), ValueError, "positive"),
         (lambda f: NoisyTransition(nn.Identity(), Dropout(f, 0.1)), TypeError, "scalar noise"),
-        (lambda f: continuum.shake_shake(20, width=2).project("hat", 2), TypeError, "around an Expansion"),
+        (lambda f: continuum.zoo.shake_shake(20, width=2).project("hat", 2), TypeError, "around an Expansion"),
         (lambda f: EulerMaruyama("wiener"), ValueError, "own or brownian"),
     ],
 )

@@ -11,30 +11,32 @@ import continuum
 from continuum import (
     MLP,
     RK4,
-    AdamsBashforth,
     Autonomous,
     Coupled,
-    Coupling,
     Euler,
     EulerMaruyama,
     Expansion,
     FixedStep,
     Flow,
-    Hat,
+    Momentum,
+    PiecewiseConstant,
+    StochasticDepth,
+)
+from continuum.analysis.memory import peak_memory
+from continuum.bases import Hat
+from continuum.bench.counts import Synchronisations
+from continuum.fields import PreActivation
+from continuum.schemes import (
+    AdamsBashforth,
+    Coupling,
     Heun,
     LinearTwoStep,
     Milstein,
-    Momentum,
     NeumannSeries,
-    PiecewiseConstant,
-    PreActivation,
-    StochasticDepth,
     StochasticTwoStep,
     TwoStepMidpoint,
     Verlet,
 )
-from continuum.analysis.bench_counts import Synchronisations
-from continuum.analysis.memory import peak_memory
 
 LAYERS = 6
 
@@ -169,7 +171,7 @@ def test_random_numbers_go_on_as_if_nothing_had_been_recomputed():
 def test_networks_train_so(name):
     torch.manual_seed(0)
     arguments = {"depth": 26, "widths": (4, 8, 12)} if name == "revnet" else {"depth": 14, "width": 4}
-    network = getattr(continuum, name)(**arguments).double()
+    network = getattr(continuum.zoo, name)(**arguments).double()
     other = copy.deepcopy(network).with_solver(FixedStep(network.solver.scheme, gradient="checkpoint", every=2))
     for model in (network, other):
         torch.manual_seed(3)

@@ -17,7 +17,6 @@ from continuum import (
     MLP,
     RK4,
     Adaptive,
-    Augment,
     Autonomous,
     CheckpointError,
     Euler,
@@ -25,16 +24,15 @@ from continuum import (
     Flow,
     Network,
     PiecewiseConstant,
-    Scaled,
     load,
-    mlp,
-    preresnet,
     save,
 )
 from continuum.bases import Hat
-from continuum.models import builder
+from continuum.fields import Scaled
+from continuum.models import Augment, builder
 from continuum.training import Classifier, Digits, OneCycle, Refine, Schedule, Steps
 from continuum.weights import Expansion
+from continuum.zoo import mlp, preresnet
 
 
 def states(batch=3, features=4):
@@ -123,7 +121,7 @@ def test_flows_that_cannot_be_refined():
 ZOO = {
     "preresnet": (lambda: preresnet(14, width=2), images()),
     "rk4": (lambda: preresnet(14, width=2, solver="rk4:h=0.5"), images()),
-    "odenet": (lambda: continuum.odenet(width=2, downsample=False, solver="rk4"), images(channels=1)),
+    "odenet": (lambda: continuum.zoo.odenet(width=2, downsample=False, solver="rk4"), images(channels=1)),
     "mlp": (lambda: mlp(hidden=4, solver="euler:h=0.25"), images()[:, 0, 0, :2]),
     "adaptive mlp": (lambda: mlp(hidden=4), images()[:, 0, 0, :2]),
 }
@@ -391,7 +389,7 @@ def test_training_goes_on_with_the_refined_network(tmp_path: Path) -> None:
 
 
 def test_other_fields_are_trained_with_smaller_steps(tmp_path: Path) -> None:
-    network = continuum.odenet(width=2, in_channels=1, downsample=False, solver="euler")
+    network = continuum.zoo.odenet(width=2, in_channels=1, downsample=False, solver="euler")
     model = fit(tmp_path, [Refine([0, 1, 3])], network=network)
     assert str(model.network.solver) == "euler:h=0.125"
 

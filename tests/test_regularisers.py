@@ -12,9 +12,9 @@ from problems import FLOAT64, Function
 from torch import Tensor, nn
 
 import continuum
-from continuum import Autonomous, Expansion, Flow, Momentum, Network, PiecewiseConstant, Scaled
+from continuum import Autonomous, Expansion, Flow, Momentum, Network, PiecewiseConstant
 from continuum.bases import Basis, Box, Chebyshev, Fourier, Hat, Legendre
-from continuum.fields import MLP
+from continuum.fields import MLP, Scaled
 from continuum.training import Classifier, DepthSmoothness, Digits, Transport
 from continuum.training.regularisers import random_ends
 from continuum.weights import depth_smoothness
@@ -195,10 +195,10 @@ def test_a_network_sums_the_integrals_of_its_flows() -> None:
 @pytest.mark.parametrize(
     "network",
     [
-        lambda: continuum.lm_resnet(14, width=4, in_channels=1),
-        lambda: continuum.revnet(26, widths=(4, 8, 8), in_channels=1),
-        lambda: continuum.stochastic_depth_resnet(14, width=4, in_channels=1),
-        lambda: continuum.odenet(width=4, in_channels=1, solver="dopri5:engine=torchode,norm=sample"),
+        lambda: continuum.zoo.lm_resnet(14, width=4, in_channels=1),
+        lambda: continuum.zoo.revnet(26, widths=(4, 8, 8), in_channels=1),
+        lambda: continuum.zoo.stochastic_depth_resnet(14, width=4, in_channels=1),
+        lambda: continuum.zoo.odenet(width=4, in_channels=1, solver="dopri5:engine=torchode,norm=sample"),
     ],
     ids=["lm_resnet", "revnet", "stochastic_depth", "torchode"],
 )
@@ -215,7 +215,7 @@ def test_a_two_step_scheme_with_a_state_before_carries_no_integral() -> None:
 
 
 def test_lm_resnet_under_another_solver_has_an_integral() -> None:
-    network = continuum.lm_resnet(14, width=4, in_channels=1).with_solver("heun").to(FLOAT64)
+    network = continuum.zoo.lm_resnet(14, width=4, in_channels=1).with_solver("heun").to(FLOAT64)
     images = torch.randn(3, 1, 8, 8, dtype=FLOAT64)
     logits, total = network.eval().integral(images, lambda t, x, slope: slope.flatten(1).square().mean(1))
     torch.testing.assert_close(logits, network(images))
@@ -300,7 +300,7 @@ def fit(
 
 def odenet(solver: str = "euler:h=0.5") -> Network:
     torch.manual_seed(0)
-    return continuum.odenet(width=4, downsample=False, in_channels=1, solver=solver)
+    return continuum.zoo.odenet(width=4, downsample=False, in_channels=1, solver=solver)
 
 
 def kinetic(network: Network) -> float:
@@ -318,7 +318,7 @@ def test_transport_lowers_the_energy_and_smoothness_the_changes() -> None:
 
     def layers() -> Network:
         torch.manual_seed(0)
-        return continuum.preresnet(14, width=4, in_channels=1)
+        return continuum.zoo.preresnet(14, width=4, in_channels=1)
 
     def roughness(model: Classifier) -> float:
         return sum(depth_smoothness(flow.field).item() for flow in model.network.flows)  # type: ignore[arg-type]
@@ -422,7 +422,7 @@ def test_the_command_line_takes_them_and_a_run_resumes(tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     arguments = [
         "fit",
-        '--model.network={"class_path": "continuum.preresnet", "init_args": {"depth": 14, "width": 4, "in_channels": 1, '
+        '--model.network={"class_path": "continuum.zoo.preresnet", "init_args": {"depth": 14, "width": 4, "in_channels": 1, '
         '"solver": "bosh3:rtol=1,atol=1"}}',
         "--model.smoothness=continuum.training.DepthSmoothness",
         "--model.smoothness.weight=0.001",

@@ -12,27 +12,11 @@ from problems import FLOAT64, Negative
 from torch import nn
 
 import continuum
-from continuum import (
-    MLP,
-    Autonomous,
-    Coupled,
-    Coupling,
-    Euler,
-    Expansion,
-    FixedStep,
-    Flow,
-    Hat,
-    Leapfrog,
-    LinearTwoStep,
-    Momentum,
-    PiecewiseConstant,
-    PreActivation,
-    SecondOrder,
-    TwoStepMidpoint,
-    Verlet,
-)
+from continuum import MLP, Autonomous, Coupled, Euler, Expansion, FixedStep, Flow, Momentum, PiecewiseConstant, SecondOrder
 from continuum.analysis.memory import peak_memory
-from continuum.fields import Hamiltonian
+from continuum.bases import Hat
+from continuum.fields import Hamiltonian, PreActivation
+from continuum.schemes import Coupling, Leapfrog, LinearTwoStep, TwoStepMidpoint, Verlet
 
 
 def branch(channels, dropout=0.0):
@@ -164,7 +148,9 @@ def test_networks_train_with_rebuilt_states(name):
     torch.manual_seed(0)
     small = {"revnet": {"depth": 26, "scale": 0.1}, "hamiltonian": {"depth": 26}, "momentum_resnet": {"width": 4}}
     arguments = small.get(name, {"depth": 14})
-    network = getattr(continuum, name)(**arguments, **({} if name == "momentum_resnet" else {"widths": (4, 8, 12)})).double()
+    network = getattr(continuum.zoo, name)(
+        **arguments, **({} if name == "momentum_resnet" else {"widths": (4, 8, 12)})
+    ).double()
     other = copy.deepcopy(network).with_solver(FixedStep(network.solver.scheme, gradient="reversible"))
     images = states(FLOAT64, channels=3, size=16)
     for model in (network, other):
@@ -323,7 +309,7 @@ def test_halves_that_are_none():
     with pytest.raises(ValueError, match="even number of channels, not 5"):
         Hamiltonian(5)
     with pytest.raises(ValueError, match="even number of channels, not 33"):
-        continuum.revnet(38, widths=(32, 33, 64))
+        continuum.zoo.revnet(38, widths=(32, 33, 64))
     with pytest.raises(TypeError, match="k = 1"):
         Flow(Momentum(branch(2)), "two_step_midpoint", 1)
     with pytest.raises(ValueError, match="SecondOrder"):

@@ -7,31 +7,21 @@ import torch
 import torchdiffeq
 from problems import FLOAT64, LINEAR, LOGISTIC, MATRIX, OSCILLATOR, PROBLEMS, SEASONAL, Function, Watched, tanh_layers
 
-from continuum import (
-    RK4,
+from continuum import RK4, Autonomous, Coupled, Euler, FixedStep, Flow, Midpoint, Momentum, PiecewiseConstant, SecondOrder
+from continuum.fields import Field, Scaled, TwoColumns
+from continuum.schemes import (
     AdamsBashforth,
-    Autonomous,
-    Coupled,
     Coupling,
-    Euler,
-    FixedStep,
-    Flow,
     Fractal,
     Heun,
     Kutta3,
     Leapfrog,
     LinearTwoStep,
-    Midpoint,
-    Momentum,
     NeumannSeries,
-    PiecewiseConstant,
-    Scaled,
-    SecondOrder,
+    Tableau,
     TwoStepMidpoint,
     Verlet,
 )
-from continuum.fields import Field, TwoColumns
-from continuum.schemes import Tableau
 from continuum.solvers import Embedded
 from continuum.solvers.pairs import PAIRS
 

@@ -12,26 +12,22 @@ from torchdiffeq._impl.odeint import SOLVERS
 from continuum import (
     MLP,
     RK4,
-    AdamsBashforth,
     Adaptive,
     Autonomous,
     Euler,
     Field,
     FixedStep,
     Flow,
-    Heun,
-    Kutta3,
-    LinearTwoStep,
     Midpoint,
     Momentum,
     PiecewiseConstant,
     SolveError,
-    odenet,
-    preresnet,
 )
+from continuum.schemes import AdamsBashforth, Heun, Kutta3, LinearTwoStep
 from continuum.solvers import Embedded, parse
 from continuum.solvers.pairs import METHODS, PAIRS
 from continuum.solvers.text import describe
+from continuum.zoo import odenet, preresnet
 
 WITHIN = {"dopri5": 10, "dopri8": 10, "bosh3": 20, "adaptive_heun": 20}
 TOLERANCES = {"dopri5": range(3, 10), "dopri8": range(3, 10), "bosh3": range(3, 10), "adaptive_heun": range(3, 6)}

@@ -16,13 +16,12 @@ from problems import FLOAT64, Function, Negative
 from torch import Tensor
 
 import continuum
-from continuum import Autonomous, FixedStep, Flow, Momentum, PiecewiseConstant
+from continuum import Autonomous, FixedStep, Flow, Momentum, PiecewiseConstant, zoo
 from continuum.analysis.convergence import order
 from continuum.analysis.plots import draw_weak
 from continuum.analysis.stochastic import limit_moment, linear_moment, strong_errors, weak_errors
 from continuum.analysis.weak import weak_report
 from continuum.cli import main
-from continuum.models import zoo
 from continuum.noise import Bernoulli, Dropout, Gaussian, Law, ShakeShake, StochasticDepth, StochasticField
 from continuum.schemes import EulerMaruyama, Milstein, StochasticTwoStep
 
@@ -604,7 +603,7 @@ def test_a_picture_of_layers_without_noise_and_of_zeros(here: Path) -> None:
 def test_what_the_command_refuses(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     noisy = saved("noisy.pt", zoo.dropout_resnet(14, width=4, in_channels=1))
     colours = saved("colours.pt", zoo.dropout_resnet(14, width=4, in_channels=3))
-    silent = saved("silent.pt", continuum.preresnet(14, width=4, in_channels=1))
+    silent = saved("silent.pt", continuum.zoo.preresnet(14, width=4, in_channels=1))
     few = ("--data", "Digits", "--images", "2", "--device", "cpu")
     for arguments, word in (
         ((silent, *few), "without noise"),

@@ -24,7 +24,7 @@ from continuum.training.images import DataError
 
 
 def small_network(solver: str = "euler") -> continuum.Network:
-    return continuum.preresnet(14, width=4, in_channels=1, solver=solver)
+    return continuum.zoo.preresnet(14, width=4, in_channels=1, solver=solver)
 
 
 def fit(
@@ -102,10 +102,10 @@ def test_resuming_within_an_epoch_replays_the_rest_of_it(tmp_path: Path) -> None
 
 
 STOCHASTIC = {
-    "stochastic depth": lambda: continuum.stochastic_depth_resnet(14, width=8, in_channels=1),
-    "its SDE": lambda: continuum.stochastic_depth_resnet(14, width=8, in_channels=1, solver="brownian:h=0.5"),
-    "dropout": lambda: continuum.dropout_resnet(14, width=8, in_channels=1, rate=0.2),
-    "dropout inside the field": lambda: continuum.wide_resnet(10, 1, dropout=0.2, in_channels=1),
+    "stochastic depth": lambda: continuum.zoo.stochastic_depth_resnet(14, width=8, in_channels=1),
+    "its SDE": lambda: continuum.zoo.stochastic_depth_resnet(14, width=8, in_channels=1, solver="brownian:h=0.5"),
+    "dropout": lambda: continuum.zoo.dropout_resnet(14, width=8, in_channels=1, rate=0.2),
+    "dropout inside the field": lambda: continuum.zoo.wide_resnet(10, 1, dropout=0.2, in_channels=1),
 }
 
 
@@ -148,7 +148,7 @@ def test_two_ranks_draw_different_noise_and_learn_the_same_weights(tmp_path: Pat
 
 
 def test_dropped_branches_need_unused_parameters_under_several_processes() -> None:
-    model = Classifier(continuum.stochastic_depth_resnet(14, width=8, in_channels=1))
+    model = Classifier(continuum.zoo.stochastic_depth_resnet(14, width=8, in_channels=1))
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
     trainer.strategy.__class__ = DDPStrategy
     trainer.strategy._ddp_kwargs = {}
@@ -157,19 +157,19 @@ def test_dropped_branches_need_unused_parameters_under_several_processes() -> No
         model.on_fit_start()
     trainer.strategy._ddp_kwargs = {"find_unused_parameters": True}
     model.on_fit_start()
-    model.network = continuum.shake_shake(14, width=8)
+    model.network = continuum.zoo.shake_shake(14, width=8)
     trainer.strategy._ddp_kwargs = {}
     model.on_fit_start()
 
 
 def test_a_checkpoint_of_a_changed_network_brings_its_solvers(tmp_path: Path) -> None:
     """The builder does not know them: neither the drift's, nor a step that refinement made smaller."""
-    network = continuum.neural_sde(width=4, downsample=False, solver="euler_maruyama:h=0.5")
+    network = continuum.zoo.neural_sde(width=4, downsample=False, solver="euler_maruyama:h=0.5")
     changed = {"drift": network.drift().with_solver("rk4:h=0.25"), "refined": network.refine(2)}
     for name, other in changed.items():
         content = {KEY: description(other), "state_dict": Classifier(other).state_dict()}
         torch.save(content, tmp_path / f"{name}.ckpt")
-        model = Classifier(continuum.neural_sde(width=4, downsample=False, solver="euler_maruyama:h=0.5"))
+        model = Classifier(continuum.zoo.neural_sde(width=4, downsample=False, solver="euler_maruyama:h=0.5"))
         model.on_load_checkpoint(content)
         assert model.network.solver == other.solver
         model.load_state_dict(content["state_dict"])
@@ -233,7 +233,7 @@ def test_where_a_state_outside_the_flows_breaks() -> None:
 
 
 def test_weight_decay_spares_k() -> None:
-    model = Classifier(continuum.lm_resnet(14, width=4), weight_decay=1e-4)
+    model = Classifier(continuum.zoo.lm_resnet(14, width=4), weight_decay=1e-4)
     optimizer = model.configure_optimizers()
     assert isinstance(optimizer, torch.optim.SGD)
     decayed, spared = optimizer.param_groups
@@ -276,7 +276,7 @@ def test_a_row_of_the_predictions_says_which_image_it_is(tmp_path: Path) -> None
         for number in range(3):
             Image.new("RGB", (8, 8), (90 * number, 0, 200 * (name == "owl"))).save(tmp_path / part / name / f"{number}.png")
     data = ImageFolder(str(tmp_path), validation=0, batch_size=4)
-    module = Classifier(continuum.preresnet(14, width=4, num_classes=2))
+    module = Classifier(continuum.zoo.preresnet(14, width=4, num_classes=2))
     trainer = pl.Trainer(accelerator="cpu", max_steps=1, enable_progress_bar=False, callbacks=[WritePredictions()],
                          logger=False, default_root_dir=tmp_path)  # fmt: skip
     trainer.fit(module, data)
@@ -313,7 +313,7 @@ def test_ranks_write_one_file_of_all_images_in_their_order(tmp_path: Path) -> No
 def test_sampled_predictions_have_a_mean_and_a_spread(tmp_path: Path) -> None:
     def predicted(folder: Path, samples: int) -> list[list[str]]:
         torch.manual_seed(0)
-        network = continuum.stochastic_depth_resnet(14, width=8, in_channels=1, last=0.3)
+        network = continuum.zoo.stochastic_depth_resnet(14, width=8, in_channels=1, last=0.3)
         trainer = pl.Trainer(
             accelerator="cpu", logger=False, callbacks=[WritePredictions(str(folder))], enable_progress_bar=False
         )
@@ -386,12 +386,15 @@ def test_a_run_without_an_end_is_refused_where_its_schedule_needs_one(schedule: 
 @pytest.mark.parametrize(
     ("network", "words"),
     [
-        (lambda: continuum.preresnet(14, width=4), ["Digits have 1 channel and", "takes 3", "in_channels=1"]),
-        (lambda: continuum.preresnet(14, width=4, in_channels=1, num_classes=7), ["10 classes", "7 outputs", "num_classes=10"]),
-        (lambda: continuum.preresnet(14, width=4, in_channels=1, num_classes=12), ["10 classes", "12 outputs"]),
-        (lambda: continuum.mlp(features=9), ["cannot take", "1 channel of 8 x 8 pixels"]),
-        (lambda: continuum.odenet(width=16), ["8 x 8 pixels", "10 x 10"]),
-        (lambda: continuum.neural_sde(width=16, in_channels=1), ["8 x 8 pixels", "10 x 10"]),
+        (lambda: continuum.zoo.preresnet(14, width=4), ["Digits have 1 channel and", "takes 3", "in_channels=1"]),
+        (
+            lambda: continuum.zoo.preresnet(14, width=4, in_channels=1, num_classes=7),
+            ["10 classes", "7 outputs", "num_classes=10"],
+        ),
+        (lambda: continuum.zoo.preresnet(14, width=4, in_channels=1, num_classes=12), ["10 classes", "12 outputs"]),
+        (lambda: continuum.zoo.mlp(features=9), ["cannot take", "1 channel of 8 x 8 pixels"]),
+        (lambda: continuum.zoo.odenet(width=16), ["8 x 8 pixels", "10 x 10"]),
+        (lambda: continuum.zoo.neural_sde(width=16, in_channels=1), ["8 x 8 pixels", "10 x 10"]),
     ],
 )
 @pytest.mark.parametrize("stage", ["fit", "test", "predict"])

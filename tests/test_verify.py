@@ -13,16 +13,16 @@ import torchvision
 from torch import Tensor, nn
 
 import continuum
-import continuum.analysis.plain
+import continuum.verify.plain
 from continuum import Network
-from continuum.analysis.accuracy import REVERSIBLE, SCHEMES, Order, Undone, scheme_orders, undo_errors
-from continuum.analysis.certificate import GRADIENTS, SMALL, certify, small, some_images
-from continuum.analysis.plain import PLAIN, bare
 from continuum.cli import main
 from continuum.cli.models import CONFIGURATIONS, build, documented, size_of, statistics_of
-from continuum.models.zoo import BUILDERS
 from continuum.schemes import ReversibleScheme
 from continuum.solvers.text import KNOWN
+from continuum.verify.accuracy import REVERSIBLE, SCHEMES, Order, Undone, scheme_orders, undo_errors
+from continuum.verify.certificate import GRADIENTS, SMALL, certify, small, some_images
+from continuum.verify.plain import PLAIN, bare
+from continuum.zoo import BUILDERS
 
 # Networks and their plain loops
 
@@ -33,11 +33,11 @@ def test_every_builder_has_a_plain_loop_and_a_small_network() -> None:
 
 
 def test_plain_loops_use_nothing_of_the_library() -> None:
-    for path in Path(continuum.analysis.plain.__file__).parent.glob("*.py"):
+    for path in Path(continuum.verify.plain.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom):
                 module = str(node.module)
-                assert not module.startswith("continuum") or module.startswith("continuum.analysis.plain"), path.name
+                assert not module.startswith("continuum") or module.startswith("continuum.verify.plain"), path.name
                 assert not module.startswith("torch.nn"), path.name
             elif isinstance(node, ast.Import):
                 assert {alias.name for alias in node.names} <= {"math", "torch", "torch.nn.functional"}, path.name
@@ -66,7 +66,7 @@ def test_plain_loops_name_modules_of_the_network(name: str) -> None:
     tensors = {bare(key): value for key, value in network.state_dict(keep_vars=True).items()}
     assert len(tensors) == len(network.state_dict())
     arguments = {**network.blueprint.arguments, "solver": "euler:h=1"}
-    layers = PLAIN[name.split()[0]](continuum.analysis.plain.Weights(tensors, False), arguments, some_images(network))
+    layers = PLAIN[name.split()[0]](continuum.verify.plain.Weights(tensors, False), arguments, some_images(network))
     names = [layer.partition(" ")[0] for layer, _ in layers]
     assert (names[0], names[-1]) == ("stem", "head")
     assert all(network.get_submodule(layer) for layer in names)
@@ -149,9 +149,9 @@ def test_a_layer_with_other_weights_is_named(name: str, module: str, place: str)
 
 
 def test_a_scheme_that_steps_otherwise_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    step = continuum.LinearTwoStep.forth
+    step = continuum.schemes.LinearTwoStep.forth
     monkeypatch.setattr(
-        continuum.LinearTwoStep, "forth", lambda self, f, field, t, x, h, memory: step(self, f, field, t, x, h, ())
+        continuum.schemes.LinearTwoStep, "forth", lambda self, f, field, t, x, h, memory: step(self, f, field, t, x, h, ())
     )
     network = small("lm_resnet")
     certificate = certify(network, some_images(network))
@@ -228,7 +228,7 @@ def test_every_reversible_scheme_is_undone() -> None:
     errors = list(undo_errors())
     assert len(errors) == 14
     assert all(undone.passed for undone in errors), errors
-    assert not Undone(continuum.Coupling(), 1, torch.float32, math.nan, 1e-6).passed
+    assert not Undone(continuum.schemes.Coupling(), 1, torch.float32, math.nan, 1e-6).passed
 
 
 # Parameters
@@ -381,7 +381,7 @@ def test_verify_names_what_fails(capsys: pytest.CaptureFixture[str], monkeypatch
     monkeypatch.setattr("continuum.cli.verify.small", altered.__getitem__)
     wrong = [Order(continuum.Euler(), 1.001), Order(continuum.RK4(), 2.5)]
     monkeypatch.setattr("continuum.cli.verify.scheme_orders", lambda: iter(wrong))
-    lossy = Undone(continuum.Verlet(), 100, torch.float32, 0.5, 1e-5)
+    lossy = Undone(continuum.schemes.Verlet(), 100, torch.float32, 0.5, 1e-5)
     monkeypatch.setattr("continuum.cli.verify.undo_errors", lambda: iter([lossy]))
     with pytest.raises(SystemExit) as stop:
         main(["verify"])

@@ -9,11 +9,12 @@ from problems import FLOAT64
 from torch import nn
 
 import continuum
-from continuum import FixedStep, Momentum, PostActivation, SqueezeExcite
+from continuum import FixedStep, Momentum, PostActivation
+from continuum.fields import SqueezeExcite
 from continuum.models.failure import _solve_looking
 from continuum.models.fractal import join
-from continuum.models.zoo import BUILDERS
 from continuum.noise import StochasticDepth
+from continuum.zoo import BUILDERS
 
 THREE = {"widths": (4, 8, 12)}
 SMALL = {
@@ -158,7 +159,7 @@ def test_refinement_keeps_the_network_trainable(name):
 def test_refined_momentum_converges_to_the_limit_equation():
     """The state before a flow lies one of the original layers back: refined layers start from the same velocity."""
     torch.manual_seed(0)
-    network = continuum.lm_resnet(14, width=4).double()
+    network = continuum.zoo.lm_resnet(14, width=4).double()
     for flow in network.flows:
         for name, parameter in flow.named_parameters():
             if "conv2" in name:
@@ -173,7 +174,7 @@ def test_refined_momentum_converges_to_the_limit_equation():
 
 def test_a_replay_of_a_refined_flow_goes_the_same_way():
     """What looks for the step at which a state stops being finite must not take other steps."""
-    flow = continuum.lm_resnet(14, width=4).refine(2).eval().flows[1]
+    flow = continuum.zoo.lm_resnet(14, width=4).refine(2).eval().flows[1]
     x, previous = torch.randn(2, 2, 8, 4, 4)
     with torch.no_grad():
         assert torch.equal(_solve_looking(flow, x, previous, 0), flow(x, previous))
@@ -237,7 +238,9 @@ def test_a_double_layer_is_a_gradient():
 @pytest.mark.parametrize("h", [0.1, 1.0])
 def test_verlet_keeps_the_energy_of_a_hamiltonian_field(h):
     """No drift: the energy of a linear Hamiltonian swings within bounds over a thousand steps, where Euler's grows."""
-    field = continuum.Coupled(continuum.Autonomous(nn.Identity()), continuum.Scaled(continuum.Autonomous(nn.Identity()), -1.0))
+    field = continuum.Coupled(
+        continuum.Autonomous(nn.Identity()), continuum.fields.Scaled(continuum.Autonomous(nn.Identity()), -1.0)
+    )
     x = torch.tensor([[1.0, 0.0]], dtype=FLOAT64)
     depth = 1000 * h
     end = continuum.Flow(field, f"verlet:h={h}", depth)(x)
@@ -279,39 +282,39 @@ def test_momentum_and_leapfrog_networks_in_the_form_of_their_papers():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: continuum.resnet(21), r"6 n \+ 2.*not 21"),
-        (lambda: continuum.resnet(20, shortcut="C"), "'A' .* or 'B' .*not 'C'"),
-        (lambda: continuum.resnext(30), r"9 n \+ 2.*not 30"),
-        (lambda: continuum.se_resnet(20, width=8), "reduction .*8 channels.*got 16"),
-        (lambda: continuum.imagenet_resnet(20), "18, 34, 50, 101, 152.*not 20"),
-        (lambda: continuum.imagenet_resnet(blocks=(2, 2, 2, 2)), "blocks and block belong together"),
-        (lambda: continuum.imagenet_resnet(18, groups=2), "basic blocks have groups=1"),
-        (lambda: continuum.imagenet_resnet(blocks=(2, 2), block="basic"), "four stages"),
-        (lambda: continuum.preresnet(20, block="wide"), "'basic' or 'bottleneck', not 'wide'"),
-        (lambda: continuum.wide_resnet(20), r"6 n \+ 4.*not 20"),
-        (lambda: continuum.wide_resnet(16, 1, dropout=1.0), r"rate in \[0, 1\), not 1.0"),
-        (lambda: continuum.momentum_resnet(14, gamma=1.0), "between 0 and 1, not 1.0"),
-        (lambda: continuum.polynet(modules=(("3-way",),) * 3), "2-way, mpoly-2, poly-2, poly-3"),
-        (lambda: continuum.polynet(blocks=(1, 1)), "2 stages"),
-        (lambda: continuum.fractalnet(0), "one column or more"),
-        (lambda: continuum.fractalnet(widths=(4, 4)), "a dropout rate for each width"),
-        (lambda: continuum.fractalnet(drop_path=1.0), r"rates lie in \[0, 1\)"),
-        (lambda: continuum.revnet(40), r"12 n \+ 2.*not 40"),
-        (lambda: continuum.hamiltonian(26, widths=(4, 7, 9)), "even number of channels, not 7"),
-        (lambda: continuum.midpoint(14, start="rest"), "euler, zero, not 'rest'"),
-        (lambda: continuum.midpoint(14, gamma=-1.0), "gamma .*not negative"),
-        (lambda: continuum.leapfrog(14, widths=(8, 4, 2)), "not decreasing"),
-        (lambda: continuum.continuous_resnet(4, "spline"), "unknown basis 'spline'; there are hat"),
-        (lambda: continuum.continuous_resnet(1, "hat"), "2 or more"),
-        (lambda: continuum.stochastic_depth_resnet(14, last=0.0), r"in \(0, 1\], not 0.0"),
-        (lambda: continuum.stochastic_depth_resnet(14, per="layer"), "'image' .* or 'batch' .*not 'layer'"),
-        (lambda: continuum.stochastic_lm_resnet(20, last=1.5), r"in \(0, 1\], not 1.5"),
-        (lambda: continuum.shake_shake(24), r"6 n \+ 2.*not 24"),
-        (lambda: continuum.shake_shake(14, width=5), "even number .*not 5"),
-        (lambda: continuum.shake_shake(14, 4, forward_mode="keep"), "forward_mode is 'shake' or 'even'"),
-        (lambda: continuum.dropout_resnet(14, rate=1.0), r"in \[0, 1\), not 1.0"),
-        (lambda: continuum.neural_sde(sigma=-1.0), "at least 0, not -1.0"),
-        (lambda: continuum.neural_sde(kind="jump"), "'additive' .* or 'multiplicative' .*not 'jump'"),
+        (lambda: continuum.zoo.resnet(21), r"6 n \+ 2.*not 21"),
+        (lambda: continuum.zoo.resnet(20, shortcut="C"), "'A' .* or 'B' .*not 'C'"),
+        (lambda: continuum.zoo.resnext(30), r"9 n \+ 2.*not 30"),
+        (lambda: continuum.zoo.se_resnet(20, width=8), "reduction .*8 channels.*got 16"),
+        (lambda: continuum.zoo.imagenet_resnet(20), "18, 34, 50, 101, 152.*not 20"),
+        (lambda: continuum.zoo.imagenet_resnet(blocks=(2, 2, 2, 2)), "blocks and block belong together"),
+        (lambda: continuum.zoo.imagenet_resnet(18, groups=2), "basic blocks have groups=1"),
+        (lambda: continuum.zoo.imagenet_resnet(blocks=(2, 2), block="basic"), "four stages"),
+        (lambda: continuum.zoo.preresnet(20, block="wide"), "'basic' or 'bottleneck', not 'wide'"),
+        (lambda: continuum.zoo.wide_resnet(20), r"6 n \+ 4.*not 20"),
+        (lambda: continuum.zoo.wide_resnet(16, 1, dropout=1.0), r"rate in \[0, 1\), not 1.0"),
+        (lambda: continuum.zoo.momentum_resnet(14, gamma=1.0), "between 0 and 1, not 1.0"),
+        (lambda: continuum.zoo.polynet(modules=(("3-way",),) * 3), "2-way, mpoly-2, poly-2, poly-3"),
+        (lambda: continuum.zoo.polynet(blocks=(1, 1)), "2 stages"),
+        (lambda: continuum.zoo.fractalnet(0), "one column or more"),
+        (lambda: continuum.zoo.fractalnet(widths=(4, 4)), "a dropout rate for each width"),
+        (lambda: continuum.zoo.fractalnet(drop_path=1.0), r"rates lie in \[0, 1\)"),
+        (lambda: continuum.zoo.revnet(40), r"12 n \+ 2.*not 40"),
+        (lambda: continuum.zoo.hamiltonian(26, widths=(4, 7, 9)), "even number of channels, not 7"),
+        (lambda: continuum.zoo.midpoint(14, start="rest"), "euler, zero, not 'rest'"),
+        (lambda: continuum.zoo.midpoint(14, gamma=-1.0), "gamma .*not negative"),
+        (lambda: continuum.zoo.leapfrog(14, widths=(8, 4, 2)), "not decreasing"),
+        (lambda: continuum.zoo.continuous_resnet(4, "spline"), "unknown basis 'spline'; there are hat"),
+        (lambda: continuum.zoo.continuous_resnet(1, "hat"), "2 or more"),
+        (lambda: continuum.zoo.stochastic_depth_resnet(14, last=0.0), r"in \(0, 1\], not 0.0"),
+        (lambda: continuum.zoo.stochastic_depth_resnet(14, per="layer"), "'image' .* or 'batch' .*not 'layer'"),
+        (lambda: continuum.zoo.stochastic_lm_resnet(20, last=1.5), r"in \(0, 1\], not 1.5"),
+        (lambda: continuum.zoo.shake_shake(24), r"6 n \+ 2.*not 24"),
+        (lambda: continuum.zoo.shake_shake(14, width=5), "even number .*not 5"),
+        (lambda: continuum.zoo.shake_shake(14, 4, forward_mode="keep"), "forward_mode is 'shake' or 'even'"),
+        (lambda: continuum.zoo.dropout_resnet(14, rate=1.0), r"in \[0, 1\), not 1.0"),
+        (lambda: continuum.zoo.neural_sde(sigma=-1.0), "at least 0, not -1.0"),
+        (lambda: continuum.zoo.neural_sde(kind="jump"), "'additive' .* or 'multiplicative' .*not 'jump'"),
     ],
 )
 def test_arguments_that_no_network_has(make, message):
@@ -322,8 +325,8 @@ def test_arguments_that_no_network_has(make, message):
 def test_dropout_under_an_adaptive_solver():
     """In training its noise would pass for an error of the step; in evaluation there is none."""
     with pytest.raises(TypeError, match=r"dropout .*draws anew.*eval\(\) mode"):
-        continuum.wide_resnet(16, 1, dropout=0.3, solver="dopri5")
-    network = continuum.wide_resnet(16, 1, dropout=0.3).eval().with_solver("dopri5:rtol=1e-1,atol=1e-1")
+        continuum.zoo.wide_resnet(16, 1, dropout=0.3, solver="dopri5")
+    network = continuum.zoo.wide_resnet(16, 1, dropout=0.3).eval().with_solver("dopri5:rtol=1e-1,atol=1e-1")
     x = torch.randn(2, 3, 8, 8)
     assert network(x).isfinite().all()
     with pytest.raises(TypeError, match="draws anew"):
@@ -334,8 +337,8 @@ def test_shake_shake_with_brownian_increments():
     """They are paths of an equation, whose gradients are those of what was computed."""
     solver, x = "euler_maruyama:increments=brownian", torch.randn(2, 3, 8, 8)
     with pytest.raises(TypeError, match="no gradient of any path"):
-        continuum.shake_shake(14, 4, solver=solver)(x)
-    assert continuum.shake_shake(14, 4, backward_mode="keep", solver=solver)(x).isfinite().all()
+        continuum.zoo.shake_shake(14, 4, solver=solver)(x)
+    assert continuum.zoo.shake_shake(14, 4, backward_mode="keep", solver=solver)(x).isfinite().all()
 
 
 def test_drop_path_draws_a_column_or_thins_out_joins():
@@ -368,10 +371,10 @@ def test_drop_path_draws_a_column_or_thins_out_joins():
 
 def test_a_constant_k_is_exact_whatever_its_network_goes_through(tmp_path):
     """A k that is not learnt is no tensor: nothing rounds it, and it stands in no file; older files, which held it, load."""
-    network = continuum.momentum_resnet(14, width=4, gamma=0.9)
+    network = continuum.zoo.momentum_resnet(14, width=4, gamma=0.9)
     continuum.save(network.double(), tmp_path / "network.pt")
     older = network.state_dict() | {f"{flow}.field.layers.0.k": torch.tensor(-0.9) for flow in ("stages.1", "stages.4")}
-    again = continuum.momentum_resnet(14, width=4, gamma=0.9)
+    again = continuum.zoo.momentum_resnet(14, width=4, gamma=0.9)
     again.load_state_dict(older)
     changed = [network.float().double(), copy.deepcopy(network), network.refine(2), network.with_solver("rk4"), again]
     for other in [*changed, continuum.load(tmp_path / "network.pt"), network.project("hat", 2)]:
@@ -385,10 +388,10 @@ def test_a_constant_k_is_exact_whatever_its_network_goes_through(tmp_path):
 @pytest.mark.parametrize(
     ("build", "smallest"),
     [
-        (lambda: continuum.odenet(width=8, in_channels=3, solver="euler"), 10),
-        (lambda: continuum.odenet(3, width=8, in_channels=3, solver="euler"), 8),
-        (lambda: continuum.neural_sde(width=8), 10),
-        (lambda: continuum.continuous_resnet(2, "legendre", width=8), 5),
+        (lambda: continuum.zoo.odenet(width=8, in_channels=3, solver="euler"), 10),
+        (lambda: continuum.zoo.odenet(3, width=8, in_channels=3, solver="euler"), 8),
+        (lambda: continuum.zoo.neural_sde(width=8), 10),
+        (lambda: continuum.zoo.continuous_resnet(2, "legendre", width=8), 5),
     ],
 )
 def test_images_that_would_shrink_to_one_pixel_are_refused(build, smallest):

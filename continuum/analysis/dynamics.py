@@ -59,7 +59,7 @@ def dynamics(network: Network, images: Images) -> list[Dynamics]:
     the state that enters.
 
     >>> import continuum
-    >>> (found, *_) = dynamics(continuum.resnet(14, width=4), torch.randn(2, 3, 8, 8))
+    >>> (found, *_) = dynamics(continuum.zoo.resnet(14, width=4), torch.randn(2, 3, 8, 8))
     >>> found.flow, len(found.steps), len(found.smoothness)
     ('stages.0', 2, 1)
 

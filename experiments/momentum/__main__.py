@@ -10,7 +10,7 @@ from continuum.analysis.momentum import frictions
 from continuum.training import Steps
 from experiments.common import Experiment, Row, cifar10, evaluated, seeded, spread, table, train
 
-NETWORKS = {"ResNet": continuum.preresnet, "LM-ResNet": continuum.lm_resnet}
+NETWORKS = {"ResNet": continuum.zoo.preresnet, "LM-ResNet": continuum.zoo.lm_resnet}
 
 
 class Frictions(pl.Callback):

@@ -29,10 +29,10 @@
 | `neural_sde`              | 1906.02355 | GN-ReLU-conv, with depth | constant        | Euler-Maruyama    | Gaussian           |
 """
 
-from continuum.models.zoo.continuous import continuous_resnet, mlp, odenet
-from continuum.models.zoo.fractal import fractalnet
-from continuum.models.zoo.post_activation import imagenet_resnet, polynet, resnet, resnext, se_resnet
-from continuum.models.zoo.pre_activation import (
+from continuum.zoo.continuous import continuous_resnet, mlp, odenet
+from continuum.zoo.fractal import fractalnet
+from continuum.zoo.post_activation import imagenet_resnet, polynet, resnet, resnext, se_resnet
+from continuum.zoo.pre_activation import (
     fractal_resnet,
     lm_resnet,
     lm_resnext,
@@ -40,14 +40,14 @@ from continuum.models.zoo.pre_activation import (
     preresnet,
     wide_resnet,
 )
-from continuum.models.zoo.reversible import (
+from continuum.zoo.reversible import (
     antisymmetric,
     hamiltonian,
     leapfrog,
     midpoint,
     revnet,
 )
-from continuum.models.zoo.stochastic import (
+from continuum.zoo.stochastic import (
     dropout_resnet,
     neural_sde,
     shake_shake,

@@ -16,14 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from continuum.analysis import bench_rivals as rivals
-from continuum.analysis.bench_rivals import MakeSolve, Solve
+from continuum.bench import rivals
+from continuum.bench.rivals import MakeSolve, Solve
 from continuum.fields import Autonomous, Field, PreActivation
 from continuum.fields.branches import group_norm
 from continuum.flow import Flow
-from continuum.models import Network, preresnet
+from continuum.models import Network
 from continuum.solvers import Adaptive
 from continuum.types import State
+from continuum.zoo import preresnet
 
 SEED = 0
 TOLERANCE = 1e-3

@@ -1,7 +1,7 @@
 """Certificates that a network is the published discrete one: equal to the bit to a loop written without the library's parts.
 
 Logits in training and in evaluation mode and BatchNorm's buffers are compared with `torch.equal`, gradients to a relative
-`GRADIENTS`. The loops they are compared with are in `continuum.analysis.plain`.
+`GRADIENTS`. The loops they are compared with are in `continuum.verify.plain`.
 """
 
 import copy
@@ -16,16 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from continuum.analysis.plain import PLAIN, Layer, Weights, bare
 from continuum.fields import Momentum
 from continuum.flow import Flow
 from continuum.models import Network
 from continuum.models.fractal import FractalStages
 from continuum.models.network import Blueprint, transit
-from continuum.models.zoo import BUILDERS
 from continuum.schemes import RK4, Euler, EulerMaruyama
 from continuum.solvers import FixedStep, Solver, parse
 from continuum.types import Images, Logits, State
+from continuum.verify.plain import PLAIN, Layer, Weights, bare
+from continuum.zoo import BUILDERS
 
 GRADIENTS = 1e-6
 """The largest relative difference of the gradient of a parameter: the two graphs may add up in different orders."""

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from continuum.analysis.plain.parts import Arguments, Layer, Weights, conv, conv_stem, linear, norm, pooled_head, projection
-from continuum.analysis.plain.pre_activation import preactivation
+from continuum.verify.plain.parts import Arguments, Layer, Weights, conv, conv_stem, linear, norm, pooled_head, projection
+from continuum.verify.plain.pre_activation import preactivation
 
 Slope: TypeAlias = Callable[[float, Tensor], Tensor]
 

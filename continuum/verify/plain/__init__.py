@@ -9,13 +9,13 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from continuum.analysis.plain.continuous import continuous_resnet, mlp, odenet
-from continuum.analysis.plain.fractal import fractalnet
-from continuum.analysis.plain.parts import Arguments, Layer, Weights, bare
-from continuum.analysis.plain.post_activation import imagenet_resnet, polynet, resnet, resnext, se_resnet
-from continuum.analysis.plain.pre_activation import fractal_resnet, lm_resnet, momentum_resnet, preresnet, wide_resnet
-from continuum.analysis.plain.reversible import antisymmetric, hamiltonian, leapfrog, midpoint, revnet
-from continuum.analysis.plain.stochastic import (
+from continuum.verify.plain.continuous import continuous_resnet, mlp, odenet
+from continuum.verify.plain.fractal import fractalnet
+from continuum.verify.plain.parts import Arguments, Layer, Weights, bare
+from continuum.verify.plain.post_activation import imagenet_resnet, polynet, resnet, resnext, se_resnet
+from continuum.verify.plain.pre_activation import fractal_resnet, lm_resnet, momentum_resnet, preresnet, wide_resnet
+from continuum.verify.plain.reversible import antisymmetric, hamiltonian, leapfrog, midpoint, revnet
+from continuum.verify.plain.stochastic import (
     dropout_resnet,
     neural_sde,
     shake_shake,

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from continuum.analysis.plain.parts import Arguments, Block, Layer, Weights, blocks, conv, norm, pooled_head, projection
+from continuum.verify.plain.parts import Arguments, Block, Layer, Weights, blocks, conv, norm, pooled_head, projection
 
 Branch: TypeAlias = Callable[[Block, Tensor, int], Tensor]
 """f of a block, at a state, with a stride."""

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from continuum.analysis.plain.parts import Arguments, Block, Layer, Weights, added_channels, blocks, conv, pooled_head
-from continuum.analysis.plain.pre_activation import one_layer_before, preactivation
+from continuum.verify.plain.parts import Arguments, Block, Layer, Weights, added_channels, blocks, conv, pooled_head
+from continuum.verify.plain.pre_activation import one_layer_before, preactivation
 
 
 def revnet(w: Weights, arguments: Arguments, images: Tensor) -> Iterator[Layer]:

@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from continuum.analysis import bench_rivals as rivals
-from continuum.analysis.bench_time import LOSSES, TOLERANCE, Problem, Row, counted, libraries, trained
 from continuum.analysis.memory import peak_memory
+from continuum.bench import rivals
+from continuum.bench.timing import LOSSES, TOLERANCE, Problem, Row, counted, libraries, trained
 from continuum.flow import Flow
 from continuum.schemes import Euler
 from continuum.solvers import Adaptive, FixedStep

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from continuum.analysis.plain.continuous import group_norm, odenet_branch, odenet_stem
-from continuum.analysis.plain.parts import (
+from continuum.verify.plain.continuous import group_norm, odenet_branch, odenet_stem
+from continuum.verify.plain.parts import (
     Arguments,
     Block,
     Layer,
@@ -27,8 +27,8 @@ from continuum.analysis.plain.parts import (
     pooled_head,
     projection,
 )
-from continuum.analysis.plain.post_activation import basic
-from continuum.analysis.plain.pre_activation import one_layer_before, preactivation
+from continuum.verify.plain.post_activation import basic
+from continuum.verify.plain.pre_activation import one_layer_before, preactivation
 
 Draw: TypeAlias = Callable[[Block], Tensor | None]
 """What a block draws, if anything, where the state is the one at the start of the flow or transition it belongs to."""

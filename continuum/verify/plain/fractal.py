@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from continuum.analysis.plain.parts import Arguments, Layer, Weights, conv, linear, norm
+from continuum.verify.plain.parts import Arguments, Layer, Weights, conv, linear, norm
 
 
 def fractalnet(w: Weights, arguments: Arguments, images: Tensor) -> Iterator[Layer]:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from continuum.analysis.plain.parts import (
+from continuum.verify.plain.parts import (
     Arguments,
     Block,
     Layer,

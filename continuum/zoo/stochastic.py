@@ -22,10 +22,10 @@ from continuum.models.parts import (
     doubling,
     staged,
 )
-from continuum.models.zoo.pre_activation import pre_activation
 from continuum.noise import Dropout, Gaussian, ShakeShake, StochasticDepth, linear_decay
 from continuum.noise.base import Per
 from continuum.solvers import Solver
+from continuum.zoo.pre_activation import pre_activation
 
 
 @builder

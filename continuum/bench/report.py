@@ -13,9 +13,9 @@ from typing import Any, TypeAlias
 
 import torch
 
-from continuum.analysis.bench_counts import graphs, memory, synchronisations
-from continuum.analysis.bench_rivals import optional
-from continuum.analysis.bench_time import (
+from continuum.bench.counts import graphs, memory, synchronisations
+from continuum.bench.rivals import optional
+from continuum.bench.timing import (
     LOSSES,
     SEED,
     Plan,
