@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import continuum
-from continuum.analysis.compare import Row, compare, write_csv, write_json
+from continuum.analysis.compare import Row, compare_solvers, write_csv, write_json
 from continuum.analysis.memory import peak_memory
 from continuum.analysis.plots import draw_comparison, draw_steps
 from continuum.solvers import parse
@@ -24,7 +24,7 @@ def test_stochastic_solvers_run_over_paths_and_deterministic_ones_on_the_drift(
     torch.manual_seed(0)
     network = continuum.zoo.stochastic_depth_resnet(14, width=8, in_channels=1)
     texts = ("euler_maruyama", "euler_maruyama:increments=brownian,h=0.5", "brownian:method=euler,h=0.5", "rk4:h=0.5")
-    rows = list(compare(network, batches, [parse(text) for text in texts], CPU, paths=4))
+    rows = list(compare_solvers(network, batches, [parse(text) for text in texts], CPU, paths=4))
     images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     drift = network.drift().eval()
     assert [row.paths for row in rows] == [1, 4, 4, 4, 1]
@@ -48,7 +48,7 @@ def test_stochastic_solvers_run_over_paths_and_deterministic_ones_on_the_drift(
     assert rows[1].loss_deviation > 0
     assert rows[2].evaluations == 2 * rows[1].evaluations == rows[3].evaluations
     assert not network.training
-    again = list(compare(network, batches, [parse(texts[0])], CPU, paths=4))
+    again = list(compare_solvers(network, batches, [parse(texts[0])], CPU, paths=4))
     assert again[1].loss == rows[1].loss
     write_csv(rows, tmp_path / "rows.csv")
     assert "accuracy_deviation" in (tmp_path / "rows.csv").read_text()
@@ -94,7 +94,7 @@ def batches() -> list[tuple[Tensor, Tensor]]:
 @torch.no_grad()
 def test_rows_are_what_a_plain_loop_finds(network: continuum.Network, batches: list[tuple[Tensor, Tensor]]) -> None:
     solvers = [parse("rk4:h=0.5"), parse("dopri5:rtol=1e-4,atol=1e-4")]
-    rows = list(compare(network, batches, solvers, CPU))
+    rows = list(compare_solvers(network, batches, solvers, CPU))
     images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     reference = network(images)
     assert [row.solver for row in rows] == ["euler:h=1", "rk4:h=0.5", "dopri5:rtol=0.0001,atol=0.0001"]
@@ -121,7 +121,7 @@ def test_rows_are_what_a_plain_loop_finds(network: continuum.Network, batches: l
 def test_a_solver_that_fails_has_its_reason_and_the_others_go_on(
     network: continuum.Network, batches: list[tuple[Tensor, Tensor]], tmp_path: Path
 ) -> None:
-    rows = list(compare(network, batches, [parse("dopri5:max_evaluations=2"), parse("euler:h=0.5")], CPU))
+    rows = list(compare_solvers(network, batches, [parse("dopri5:max_evaluations=2"), parse("euler:h=0.5")], CPU))
     assert "budget" in rows[1].error
     assert math.isnan(rows[1].accuracy)
     assert not rows[2].error

@@ -11,7 +11,7 @@ from torch import nn
 import continuum
 from continuum import MLP, Autonomous, Euler, Expansion, FixedStep, Flow, Momentum, Network, PiecewiseConstant
 from continuum.analysis.cost import tolerance_sweep
-from continuum.analysis.dynamics import dynamics, largest_singular_values
+from continuum.analysis.dynamics import flow_dynamics, largest_singular_values
 from continuum.bases import Box, Hat, Legendre
 from continuum.schemes import LinearTwoStep
 
@@ -37,7 +37,7 @@ def sigma_max(matrix):
 
 def test_linear_flow_stretches_as_its_exponential():
     flow = Flow(linear(MATRIX), "dopri5:rtol=1e-10,atol=1e-10", depth=2)
-    (found,) = dynamics(network(flow), inputs())
+    (found,) = flow_dynamics(network(flow), inputs())
     exact = sigma_max(torch.linalg.matrix_exp(2 * MATRIX))
     assert found.lipschitz == pytest.approx(exact, rel=1e-5)
     assert found.lyapunov == pytest.approx(math.log(exact) / 2, rel=1e-4)
@@ -46,7 +46,7 @@ def test_linear_flow_stretches_as_its_exponential():
 def test_linear_layers_stretch_as_the_product_of_their_matrices():
     others = [MATRIX, 0.5 * MATRIX.T, -MATRIX]
     flow = Flow(PiecewiseConstant(map(linear, others)), FixedStep(Euler(), gradient="checkpoint"), depth=3)
-    (found,) = dynamics(network(flow), inputs())
+    (found,) = flow_dynamics(network(flow), inputs())
     identity = torch.eye(3, dtype=FLOAT64)
     product = (identity + others[2]) @ (identity + others[1]) @ (identity + others[0])
     assert found.lipschitz == pytest.approx(sigma_max(product), rel=1e-5)
@@ -65,7 +65,7 @@ def sum_of_squares(matrix):
 @pytest.mark.parametrize("solver", ["euler", "rk4:h=0.5", "dopri5:rtol=1e-6,atol=1e-6"])
 def test_singular_values_are_those_of_the_full_jacobian(solver):
     flow, x = Flow(tanh_layers(3, gain=2.0), solver, depth=3).eval(), inputs(4)
-    (found,) = dynamics(network(flow), x)
+    (found,) = flow_dynamics(network(flow), x)
     each = [sigma_max(torch.autograd.functional.jacobian(lambda y: flow(y[None])[0], row)) for row in x]
     rel = 1e-4 if "dopri5" in solver else 1e-5  # alone, an image takes other steps than in the batch
     assert found.lipschitz == pytest.approx(max(each), rel=rel)
@@ -83,7 +83,7 @@ def test_memory_is_held():
 
 def test_every_accepted_step_has_its_size():
     flow = Flow(linear(MATRIX), "dopri5:rtol=1e-8,atol=1e-8", depth=2)
-    (found,) = dynamics(network(flow), inputs())
+    (found,) = flow_dynamics(network(flow), inputs())
     flow(inputs())
     assert len(found.steps) == flow.cost.accepted > 2
     x, h = inputs(), flow.cost.grid[1]
@@ -96,17 +96,17 @@ def test_smoothness_at_the_nodes_of_an_expansion():
     expected = [sum_of_squares(b - a) / sum_of_squares(a) for a, b in itertools.pairwise(matrices)]
     for basis in (Hat(4, depth=6), Box(4, depth=6)):
         field = Expansion([linear(matrix) for matrix in matrices], basis)
-        (found,) = dynamics(network(Flow(field, "rk4:h=0.5", depth=6)), inputs())
+        (found,) = flow_dynamics(network(Flow(field, "rk4:h=0.5", depth=6)), inputs())
         assert found.smoothness == pytest.approx(expected)
     field = Expansion(linear(MATRIX), Legendre(3, depth=6))
-    assert dynamics(network(Flow(field, "rk4", depth=6)), inputs())[0].smoothness == pytest.approx([0, 0], abs=1e-12)
-    assert dynamics(network(Flow(MLP(3, 4), "rk4", depth=1)), inputs())[0].smoothness == []
+    assert flow_dynamics(network(Flow(field, "rk4", depth=6)), inputs())[0].smoothness == pytest.approx([0, 0], abs=1e-12)
+    assert flow_dynamics(network(Flow(MLP(3, 4), "rk4", depth=1)), inputs())[0].smoothness == []
 
 
 def test_smoothness_leaves_out_the_k_of_momentum():
     layers = [linear(MATRIX), Momentum(linear(MATRIX), k=-0.1), Momentum(linear(2 * MATRIX), k=-0.9)]
     flow = Flow(PiecewiseConstant(layers), FixedStep(LinearTwoStep()), depth=3)
-    assert dynamics(network(flow), inputs())[0].smoothness == pytest.approx([0, 1])
+    assert flow_dynamics(network(flow), inputs())[0].smoothness == pytest.approx([0, 1])
 
 
 @pytest.mark.parametrize("build", ["lm_resnet", "stochastic_depth_resnet", "odenet"])
@@ -115,7 +115,7 @@ def test_published_networks(build):
     built = continuum.zoo.odenet(width=8) if build == "odenet" else getattr(continuum.zoo, build)(14)
     images = torch.randn(2, 1 if build == "odenet" else 3, 8, 8)
     before = {name: value.clone() for name, value in built.state_dict().items()}
-    found = dynamics(built, images)
+    found = flow_dynamics(built, images)
     assert len(found) == len(built.flows)
     for row in found:
         assert math.isfinite(row.lipschitz)

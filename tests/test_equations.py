@@ -13,7 +13,7 @@ from problems import FLOAT64, MATRIX, Function, tanh_layers
 from torch import nn
 
 from continuum import Autonomous, Field, PiecewiseConstant
-from continuum.analysis.defects import defects, elementary_differential, time_derivative
+from continuum.analysis.defects import elementary_differential, scheme_defects, time_derivative
 from continuum.analysis.equations import (
     LinearMultistep,
     OneStep,
@@ -372,7 +372,7 @@ def start(features: int = 3) -> torch.Tensor:
     ids=lambda value: str(value) if isinstance(value, Scheme) else type(value).__name__,
 )
 def test_measured_defects_approach_the_predicted_ones(field: Field, scheme: Scheme) -> None:
-    found = defects(field, start(4 if isinstance(scheme, Leapfrog) else 3), scheme, SIZES)
+    found = scheme_defects(field, start(4 if isinstance(scheme, Leapfrog) else 3), scheme, SIZES)
     assert [defect.h for defect in found] == list(SIZES)
     assert found[-1].relative_difference < 0.15
     method = method_of(scheme, 0.1)
@@ -390,11 +390,11 @@ def test_defects_of_plain_loops() -> None:
     def moved(t: float) -> torch.Tensor:
         return x @ torch.linalg.matrix_exp(t * MATRIX).T
 
-    (euler,) = defects(field, x, Euler(), (h,))
+    (euler,) = scheme_defects(field, x, Euler(), (h,))
     assert euler.measured == pytest.approx(float((x + h * x @ MATRIX.T - moved(h)).norm()), rel=1e-7)
     assert euler.predicted == pytest.approx(float((h**2 / 2 * x @ (MATRIX @ MATRIX).T).norm()))
     # With (1 + k) f the layer stands for x' = f.
-    (lm,) = defects(Momentum(field.scaled(1 + k), k=k).double(), x, LinearTwoStep(), (h,))
+    (lm,) = scheme_defects(Momentum(field.scaled(1 + k), k=k).double(), x, LinearTwoStep(), (h,))
     measured = (1 - k) * x + k * moved(-h) + h * (1 + k) * x @ MATRIX.T - moved(h)
     predicted = -(1 - k) / 2 * h**2 * x @ (MATRIX @ MATRIX).T
     assert lm.measured == pytest.approx(float(measured.norm()), rel=1e-6)
@@ -425,7 +425,7 @@ def test_a_field_that_sees_the_depth_is_held_at_zero() -> None:
     torch.manual_seed(0)
     field, x = MLP(3, hidden=5).double(), start()
     held = Function(lambda t, x: field(0.0, x))
-    assert defects(field, x, Heun(), SIZES) == defects(held, x, Heun(), SIZES)
+    assert scheme_defects(field, x, Heun(), SIZES) == scheme_defects(held, x, Heun(), SIZES)
 
 
 def test_a_field_stays_as_it_is() -> None:
@@ -433,8 +433,8 @@ def test_a_field_stays_as_it_is() -> None:
     field = Autonomous(nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3), nn.Tanh(), nn.Dropout(0.5)))
     before = copy.deepcopy(field.state_dict())
     x = start().float()
-    found = defects(field, x, Heun(), SIZES)
-    assert found == defects(copy.deepcopy(field).double().eval(), x.double(), Heun(), SIZES)
+    found = scheme_defects(field, x, Heun(), SIZES)
+    assert found == scheme_defects(copy.deepcopy(field).double().eval(), x.double(), Heun(), SIZES)
     assert found[-1].relative_difference < 0.1
     after = field.state_dict()
     assert all(torch.equal(value, after[name]) and value.dtype == after[name].dtype for name, value in before.items())
@@ -446,7 +446,7 @@ def test_poly_2_on_another_field_is_of_another_equation() -> None:
     """f(h f(x)) = f(0) + O(h): with f(0) not zero, the steps follow x' = f(x) + f(0)."""
     field, x = tanh_field(), start()
     with pytest.raises(ValueError, match="not linear"):
-        defects(field, x, NeumannSeries(2), SIZES)
+        scheme_defects(field, x, NeumannSeries(2), SIZES)
     for h in (1e-3, 1e-5):
         moved, _ = NeumannSeries(2).step(field, 0.0, x, h, ())
         speed = (moved - x) / h
@@ -497,12 +497,12 @@ def test_a_symbol_is_no_number() -> None:
 def test_what_has_no_defect() -> None:
     x = start()
     with pytest.raises(TypeError, match="layer"):
-        defects(PiecewiseConstant([tanh_field()]), x, Euler(), SIZES)
+        scheme_defects(PiecewiseConstant([tanh_field()]), x, Euler(), SIZES)
     with pytest.raises(ValueError, match="positive"):
-        defects(tanh_field(), x, Euler(), (0.1, 0.0))
+        scheme_defects(tanh_field(), x, Euler(), (0.1, 0.0))
     with pytest.raises(TypeError, match="SecondOrder"):
-        defects(Coupled(tanh_field(2), tanh_field(2)), start(4), Leapfrog(), SIZES)
+        scheme_defects(Coupled(tanh_field(2), tanh_field(2)), start(4), Leapfrog(), SIZES)
     with pytest.raises(TypeError, match="Momentum"):
-        defects(tanh_field(), x, LinearTwoStep(), SIZES)
+        scheme_defects(tanh_field(), x, LinearTwoStep(), SIZES)
     with pytest.raises(TypeError, match="Verlet"):
-        defects(SecondOrder(tanh_field(2)), start(4), Verlet(), SIZES)
+        scheme_defects(SecondOrder(tanh_field(2)), start(4), Verlet(), SIZES)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from continuum import Autonomous, Coupled, FixedStep, Flow, PiecewiseConstant
-from continuum.analysis.memory import peak_memory
+from continuum.analysis import peak_memory
 from continuum.fields import Antisymmetric, Field, Hamiltonian, PreActivation
 from continuum.files import whole_file
 from continuum.schemes import Coupling, ReversibleScheme, TwoStepMidpoint, Verlet

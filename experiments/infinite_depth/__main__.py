@@ -11,8 +11,8 @@ import pytorch_lightning as pl
 
 import continuum
 from continuum import Expansion, Flow, PiecewiseConstant
+from continuum.analysis import peak_memory
 from continuum.analysis.figures import Axes, Line
-from continuum.analysis.memory import peak_memory
 from continuum.bases import Hat
 from continuum.fields import Autonomous, ODENetBranch, PreActivation
 from continuum.fields.branches import group_norm

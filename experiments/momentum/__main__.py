@@ -5,8 +5,8 @@ from functools import partial
 import pytorch_lightning as pl
 
 import continuum
+from continuum.analysis import frictions
 from continuum.analysis.figures import Axes, Line
-from continuum.analysis.momentum import frictions
 from continuum.training import Steps
 from experiments.common import Experiment, Row, cifar10, evaluated, seeded, spread, table, train
 
