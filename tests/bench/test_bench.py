@@ -23,7 +23,7 @@ from continuum.zoo import preresnet
 CPU = torch.device("cpu")
 TINY = Problem((8, 8, 8), 2)
 TARGETS = ("1.15", "1.10", "1.40", "at least 8", "0.40", "0.15", "1.02")
-EXPERIMENT = Path(__file__).parent.parent / "experiments" / "gpu.py"
+EXPERIMENT = Path(__file__).parents[2] / "experiments" / "gpu.py"
 
 
 @pytest.fixture(autouse=True)
