@@ -28,10 +28,10 @@ from continuum.flow import Flow
 from continuum.models.checkpoint import KEY, CheckpointError
 from continuum.models.network import Network
 from continuum.models.parts import ConvNorm, Transition
-from continuum.models.zoo import BUILDERS, imagenet_resnet, resnet
 from continuum.schemes import Euler
 from continuum.solvers import FixedStep
 from continuum.weights import PiecewiseConstant
+from continuum.zoo import BUILDERS, imagenet_resnet, resnet
 
 
 class Spelling(NamedTuple):

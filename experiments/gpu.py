@@ -27,18 +27,18 @@ import pytorch_lightning as pl
 import torch
 
 import continuum
-from continuum.analysis.bench import SEED, Part, Row, new_report, parts, plan, summary, write
+from continuum.bench.report import SEED, Part, Row, new_report, parts, plan, summary, write
 from continuum.training import CIFAR10, Classifier, Digits, ImageData, ImageFolder
 
 Networks = dict[str, Callable[..., continuum.Network]]
 
 NETWORKS: Networks = {
-    "preresnet(20)": partial(continuum.preresnet, 20),
-    "odenet, 3 stages": partial(continuum.odenet, stages=3, width=8, solver="dopri5:rtol=1e-2,atol=1e-2"),
+    "preresnet(20)": partial(continuum.zoo.preresnet, 20),
+    "odenet, 3 stages": partial(continuum.zoo.odenet, stages=3, width=8, solver="dopri5:rtol=1e-2,atol=1e-2"),
 }
 SMALL: Networks = {
-    "preresnet(14)": partial(continuum.preresnet, 14),
-    "odenet, 1 stage": partial(continuum.odenet, width=16, downsample=False, solver="dopri5:rtol=1e-2,atol=1e-2"),
+    "preresnet(14)": partial(continuum.zoo.preresnet, 14),
+    "odenet, 1 stage": partial(continuum.zoo.odenet, width=16, downsample=False, solver="dopri5:rtol=1e-2,atol=1e-2"),
 }
 """No narrower: with four channels what torch 2.14 compiles for a CPU corrupts memory."""
 PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed"}

@@ -27,8 +27,8 @@ from continuum.training import Classifier, ImageFolder, OneCycle
 from continuum.training.images import LabelledImages
 
 EPOCHS = 10
-depth = partial(continuum.stochastic_depth_resnet, 14, width=8)
-shake = partial(continuum.shake_shake, 14, width=8)
+depth = partial(continuum.zoo.stochastic_depth_resnet, 14, width=8)
+shake = partial(continuum.zoo.shake_shake, 14, width=8)
 BROWNIAN = "euler_maruyama:increments=brownian,h="
 CONFIGURATIONS: dict[str, dict[str, Callable[[], continuum.Network]]] = {
     "stochastic depth": {

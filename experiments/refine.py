@@ -44,7 +44,7 @@ class Clock(pl.Callback):
 
 def run(name: str, seed: int, root: str, images: int) -> dict[str, Any]:
     pl.seed_everything(seed)
-    model = Classifier(continuum.preresnet(14, width=8), learning_rate=0.2, weight_decay=5e-4, schedule=OneCycle())
+    model = Classifier(continuum.zoo.preresnet(14, width=8), learning_rate=0.2, weight_decay=5e-4, schedule=OneCycle())
     data = ImageFolder(root, validation=0.1, train_size=images, seed=seed)
     refine, clock = SCHEDULES[name], Clock()
     trainer = pl.Trainer(

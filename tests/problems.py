@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from continuum import Autonomous, Field, PiecewiseConstant, SecondOrder
 
-torch.set_num_threads(1)
 FLOAT64 = torch.float64
 
 

@@ -14,23 +14,21 @@ import continuum
 from continuum import (
     MLP,
     RK4,
-    AdamsBashforth,
     Autonomous,
     Coupled,
-    Coupling,
     Euler,
     EulerMaruyama,
     Expansion,
     FixedStep,
     Flow,
-    Hat,
-    LinearTwoStep,
     Momentum,
     PiecewiseConstant,
     SolveError,
     StochasticDepth,
 )
+from continuum.bases import Hat
 from continuum.cli import main
+from continuum.schemes import AdamsBashforth, Coupling, LinearTwoStep
 from continuum.solvers.arithmetic import _fused, combine, fused_sum, plain_sum
 
 
@@ -137,7 +135,7 @@ def test_steps_that_are_recomputed_are_in_it(graphs, scheme):
 @pytest.mark.parametrize("solver", ["euler", "euler:gradient=checkpoint,every=2"])
 def test_statistics_and_masks_are_those_of_eager_mode(graphs, solver):
     torch.manual_seed(0)
-    module = continuum.PreActivation(3, 3, dropout=0.3)
+    module = continuum.fields.PreActivation(3, 3, dropout=0.3)
     flow = Flow(PiecewiseConstant([Autonomous(module).scaled(0.3)] * 2).double(), solver, 2)
     compiled = in_place(flow)
     assert_same(compiled, flow, torch.randn(4, 3, 5, 5, dtype=FLOAT64))
@@ -219,7 +217,7 @@ def assert_same_training(compiled, network):
 
 def test_a_network_of_fixed_steps_is_one_graph_in_each_mode(graphs):
     torch.manual_seed(0)
-    network = continuum.lm_resnet(14, width=4)
+    network = continuum.zoo.lm_resnet(14, width=4)
     compiled = in_place(network)
     assert_same_training(compiled, network)
     assert graphs.frame_count >= 2  # in training and in validation
@@ -228,7 +226,7 @@ def test_a_network_of_fixed_steps_is_one_graph_in_each_mode(graphs):
 @pytest.mark.parametrize("solver", ["bosh3:rtol=1e-2,atol=1e-2", "two_step_midpoint:gradient=reversible"])
 def test_a_network_of_other_steps_is_compiled_part_by_part(graphs, solver):
     torch.manual_seed(0)
-    network = continuum.odenet(width=4, in_channels=3, downsample=False, solver=solver)
+    network = continuum.zoo.odenet(width=4, in_channels=3, downsample=False, solver=solver)
     compiled = in_place(network)
     assert_same_training(compiled, network)
     assert graphs.frame_count > 2
@@ -236,7 +234,7 @@ def test_a_network_of_other_steps_is_compiled_part_by_part(graphs, solver):
 
 def test_a_compiled_network_is_the_network(graphs, tmp_path):
     torch.manual_seed(0)
-    network = continuum.odenet(width=4, in_channels=3, downsample=False, solver="euler").eval()
+    network = continuum.zoo.odenet(width=4, in_channels=3, downsample=False, solver="euler").eval()
     expected = network(images())
     keys = list(network.state_dict())
     network.compile()
@@ -276,7 +274,7 @@ def test_fused_sums_are_the_sums(graphs):
 
 
 def test_a_failing_solve_says_so_in_a_compiled_network(graphs):
-    network = continuum.odenet(width=4, in_channels=3, downsample=False, solver="dopri5:max_evaluations=4").train()
+    network = continuum.zoo.odenet(width=4, in_channels=3, downsample=False, solver="dopri5:max_evaluations=4").train()
     network.compile()
     before = copy.deepcopy(network.state_dict())
     with pytest.raises(SolveError, match=r"budget is spent.* in flow stages\.0"):
@@ -295,7 +293,7 @@ def test_machine_code():
 CONFIG = """seed_everything: 1
 model:
   network:
-    class_path: continuum.odenet
+    class_path: continuum.zoo.odenet
     init_args:
       width: 4
       downsample: false

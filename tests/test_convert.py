@@ -19,11 +19,12 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import continuum
-from continuum import CheckpointError, Flow, imagenet_resnet, mlp, odenet, preresnet, resnet
+from continuum import CheckpointError, Flow
 from continuum.cli import main
 from continuum.convert import from_checkpoint, from_torchvision, to_checkpoint, to_torchvision
 from continuum.export import ExportError, export
 from continuum.models.parts import Transition
+from continuum.zoo import imagenet_resnet, mlp, odenet, preresnet, resnet
 
 PRETRAINED = Path(__file__).parent.parent.parent / "shared/data/pretrained/cifar10-resnet20-postact-optionA.th"
 

@@ -20,21 +20,23 @@ RANKS = [
     {"augmented"},
     {"flow"},
     {"models"},
+    {"zoo"},
+    {"models.checkpoint"},
     {"convert", "export"},
     {"analysis"},
-    {"training"},
+    {"training", "bench", "verify"},
     {"cli"},
 ]
 RANK = {part: rank for rank, parts in enumerate(RANKS) for part in parts}
 
 DOORS = {
-    "torchdiffeq": ("solvers/", "analysis/bench"),
+    "torchdiffeq": ("solvers/", "bench/"),
     "torchsde": ("solvers/",),
-    "torchode": ("solvers/", "analysis/bench"),
+    "torchode": ("solvers/", "bench/"),
     "torchvision": ("convert.py", "training/data.py"),
     "pytorch_lightning": ("training/", "cli/"),
     "lightning": (),
-    "matplotlib": ("analysis/plots.py",),
+    "matplotlib": ("analysis/plots.py", "bench/plots.py"),
 }
 
 
@@ -56,15 +58,20 @@ def found(path):
 
 
 def part_of(path):
-    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+    return part_named(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def part_named(names):
+    """The part that a module or a name belongs to: its package, unless the module has a rank of its own."""
+    return ".".join(names[:2]) if ".".join(names[:2]) in RANK else names[0]
 
 
 def against_the_order(part, names):
     """The imports of the library's own parts that a module of `part` may not have."""
     wrong = []
     for name in names:
-        package, _, rest = name.partition(".")
-        target = rest.partition(".")[0]
+        package, *rest = name.split(".")
+        target = part_named(rest) if rest else ""
         if package != "continuum" or target == part:
             continue
         if target not in RANK or RANK[target] >= RANK[part]:

@@ -8,18 +8,7 @@ import torch
 from problems import FLOAT64, LINEAR, MATRIX, SEASONAL, Function, Watched, tanh_layers
 from torch import nn
 
-from continuum import (
-    MLP,
-    Adaptive,
-    Coupled,
-    Dropout,
-    Field,
-    Flow,
-    Momentum,
-    PiecewiseConstant,
-    SolveError,
-    StochasticDepth,
-)
+from continuum import MLP, Adaptive, Coupled, Dropout, Field, Flow, Momentum, PiecewiseConstant, SolveError, StochasticDepth
 from continuum.solvers.packed import Packed
 
 

@@ -11,8 +11,9 @@ from problems import FLOAT64, tanh_layers
 from torch import nn
 from torch.func import functional_call
 
-from continuum import MLP, Autonomous, Flow, PiecewiseConstant, PreActivation, Scaled
+from continuum import MLP, Autonomous, Flow, PiecewiseConstant
 from continuum.bases import Chebyshev, Fourier, Hat, Legendre, named_basis
+from continuum.fields import PreActivation, Scaled
 from continuum.solvers.base import statistics_untouched
 from continuum.weights import Expansion
 

@@ -50,7 +50,7 @@ class Row:
 
 
 @torch.no_grad()
-def compare(
+def compare_solvers(
     network: Network,
     batches: Sequence[tuple[Tensor, Tensor]],
     solvers: Sequence[Solver],

@@ -50,7 +50,7 @@ def tolerance_sweep(
     less than ten roundings of the images' type.
 
     >>> import continuum
-    >>> network, images = continuum.odenet(width=4), torch.randn(2, 1, 28, 28)
+    >>> network, images = continuum.zoo.odenet(width=4), torch.randn(2, 1, 28, 28)
     >>> loose, tight = tolerance_sweep(network, images, torch.tensor([3, 7]), ["dopri5"], [1e-1, 1e-3])
     >>> loose.evaluations < tight.evaluations and loose.error > tight.error
     True

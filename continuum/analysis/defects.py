@@ -37,7 +37,7 @@ class Defect:
 
 
 @torch.no_grad()
-def defects(field: Field, x: State, scheme: Scheme, sizes: Sequence[float]) -> list[Defect]:
+def scheme_defects(field: Field, x: State, scheme: Scheme, sizes: Sequence[float]) -> list[Defect]:
     """One step of `scheme` from x minus the exact solution, for every step h in `sizes`, and its leading term.
 
     A multistep scheme is given the exact past. All is computed in float64 on a copy in evaluation mode, with the depth held at
@@ -48,7 +48,7 @@ def defects(field: Field, x: State, scheme: Scheme, sizes: Sequence[float]) -> l
 
     >>> from continuum.fields import MLP
     >>> from continuum.schemes import Euler
-    >>> coarse, fine = defects(MLP(2, hidden=8), torch.ones(1, 2), Euler(), (1 / 8, 1 / 16))
+    >>> coarse, fine = scheme_defects(MLP(2, hidden=8), torch.ones(1, 2), Euler(), (1 / 8, 1 / 16))
     >>> 3 < coarse.measured / fine.measured < 5
     True
 

@@ -51,7 +51,7 @@ class Dynamics:
 
 
 @torch.no_grad()
-def dynamics(network: Network, images: Images) -> list[Dynamics]:
+def flow_dynamics(network: Network, images: Images) -> list[Dynamics]:
     """The dynamics of every flow of `network`, in the order in which images pass them.
 
     Computed in float64 on a copy in evaluation mode, without noise; adaptive flows repeat the steps they accept on these
@@ -59,7 +59,7 @@ def dynamics(network: Network, images: Images) -> list[Dynamics]:
     the state that enters.
 
     >>> import continuum
-    >>> (found, *_) = dynamics(continuum.resnet(14, width=4), torch.randn(2, 3, 8, 8))
+    >>> (found, *_) = flow_dynamics(continuum.zoo.resnet(14, width=4), torch.randn(2, 3, 8, 8))
     >>> found.flow, len(found.steps), len(found.smoothness)
     ('stages.0', 2, 1)
 

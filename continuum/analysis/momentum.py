@@ -44,7 +44,7 @@ def frictions(network: Network) -> list[Friction]:
     """The k of every layer that has one, in the order in which images pass them; empty for a network without memory.
 
     >>> import torch, continuum
-    >>> found = frictions(continuum.lm_resnet(20))
+    >>> found = frictions(continuum.zoo.lm_resnet(20))
     >>> len(found), found[0].flow, found[0].layer, all(-0.1 < friction.k <= 0 for friction in found)
     (6, 'stages.0', 1, True)
     """

@@ -1,9 +1,9 @@
-"""Pictures of what the analysis found: the only door to matplotlib."""
+"""Pictures of what the analysis found: the door to matplotlib."""
 
 import io
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -13,7 +13,6 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from continuum.analysis.bench import Report, ways_of
 from continuum.analysis.compare import Row
 from continuum.analysis.figures import Axes, Matrix, Panel
 from continuum.analysis.weak import WeakReport
@@ -25,7 +24,7 @@ GAPS = {"h=1": "network and SDE", "h=1/2": "h = 1/2 and SDE", "evaluation": "eva
 
 def draw(panels: Sequence[Panel], path: str | os.PathLike[str]) -> None:
     """The panels side by side, in a file whose ending says which kind of picture it is."""
-    _save(_drawn(panels), path)
+    save(_drawn(panels), path)
 
 
 def svg(panels: Sequence[Panel]) -> str:
@@ -60,7 +59,7 @@ def _lines(axes: mpl.Axes, panel: Axes) -> None:
     axes.set_xscale(panel.x_scale)
     axes.set_yscale(panel.y_scale)
     if panel.x_scale == "log" and (values := [x for line in panel.lines for x in line.x]):
-        _plain_ticks(axes.xaxis, values)
+        plain_ticks(axes.xaxis, values)
     elif all(float(x).is_integer() for line in panel.lines for x in line.x):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
@@ -98,14 +97,14 @@ def draw_comparison(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     right.set_ylabel("largest logit difference\nfrom the training solver")
     if differences := [row.logit_difference for row in solved if row.logit_difference > 0]:
         right.set_yscale("log")
-        _plain_ticks(right.yaxis, differences)
+        plain_ticks(right.yaxis, differences)
     for axes in (left, right):
         axes.set_xlabel("field evaluations per sample")
         axes.set_xscale("log")
-        _plain_ticks(axes.xaxis, [row.evaluations for row in solved])
+        plain_ticks(axes.xaxis, [row.evaluations for row in solved])
         axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize="small", title="solver")
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_steps(rows: Sequence[Row], path: str | os.PathLike[str]) -> bool:
@@ -128,7 +127,7 @@ def draw_steps(rows: Sequence[Row], path: str | os.PathLike[str]) -> bool:
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("step size (layers)")
     figure.legend(loc="outside right upper", fontsize="small", title="adaptive solver")
-    _save(figure, path)
+    save(figure, path)
     return True
 
 
@@ -141,50 +140,7 @@ def draw_weak(report: WeakReport, path: str | os.PathLike[str]) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    _save(figure, path)
-
-
-def draw_overhead(report: Report, path: str | os.PathLike[str]) -> None:
-    """What a solve costs beyond its evaluations, on every field and by every library: one panel forward, one in training.
-
-    A bar begins at 1, a solver that costs nothing; its line joins the quartiles.
-    """
-    figure = Figure(figsize=(11, 7.5), layout="constrained")
-    panels = figure.subplots(2, 1)
-    colors = {name: f"C{index}" for index, name in enumerate(ways_of(report["overhead"]))}
-    for axes, direction, title in zip(
-        panels, ("forward", "training"), ("forward, without gradient", "forward and backward"), strict=True
-    ):
-        rows = [row for row in report["overhead"] if row["pass"] == direction]
-        _bars(axes, rows, colors)
-        axes.set_title(title, fontsize="medium")
-        axes.set_ylabel("time of the solve /\ntime of its evaluations")
-    handles = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize="small", title="dopri5 of")
-    machine = report["machine"]
-    figure.supxlabel(f"{machine['processor'] if machine['device'] == 'CPU' else machine['device']}, torch {machine['torch']}")
-    _save(figure, path)
-
-
-def _bars(axes: mpl.Axes, rows: Sequence[dict[str, Any]], colors: Mapping[str, str]) -> None:
-    """A group of bars for each field, on a logarithmic axis, where half and twice as long are equally far from 1."""
-    names = ways_of(rows)
-    width = 0.8 / max(len(names), 1)
-    values = [1.0]
-    for index, name in enumerate(names):
-        shown = [(place, row["ways"][name]) for place, row in enumerate(rows) if name in row["ways"]]
-        places = [place + width * (index - (len(names) - 1) / 2) for place, _ in shown]
-        ratios = [way["ratio"] for _, way in shown]
-        spread = [[abs(way["quartiles"][end] - way["ratio"]) for _, way in shown] for end in (0, 1)]
-        heights = [ratio - 1 for ratio in ratios]
-        bars = axes.bar(places, heights, width, bottom=1, yerr=spread, color=colors[name], label=name, error_kw={"lw": 0.8})
-        axes.bar_label(bars, [f"{ratio:.3g}" for ratio in ratios], rotation=90, fontsize=6, padding=3)
-        values += ratios
-    axes.axhline(1, color="0.3", linewidth=0.8)
-    axes.set_xticks(range(len(rows)), [f"{row['field']}\nbatch {row['batch']}" for row in rows])
-    axes.set_yscale("log")
-    _plain_ticks(axes.yaxis, [*values, 1.5 * max(values)])  # with room for the labels
-    axes.grid(alpha=0.3, axis="y")
+    save(figure, path)
 
 
 def _third_moments(axes: mpl.Axes, report: WeakReport) -> None:
@@ -229,7 +185,7 @@ def _uneven(row: Row) -> bool:
     )
 
 
-def _plain_ticks(axis: Axis, values: Sequence[float]) -> None:
+def plain_ticks(axis: Axis, values: Sequence[float]) -> None:
     """Label a logarithmic axis at 1, 2 and 5 across the data (only at powers of ten where they span many decades)."""
     low, high = min(values) / 1.25, max(values) * 1.25
     digits = (1, 2, 5) if high < 2000 * low else (1,)
@@ -239,6 +195,6 @@ def _plain_ticks(axis: Axis, values: Sequence[float]) -> None:
     axis.set_view_interval(low, high, ignore=True)
 
 
-def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=150)

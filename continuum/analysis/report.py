@@ -14,7 +14,7 @@ from torch import Tensor
 
 from continuum.analysis.convergence import Convergence, deep_limit, reference_end, scheme_errors
 from continuum.analysis.cost import tolerance_sweep
-from continuum.analysis.dynamics import dynamics
+from continuum.analysis.dynamics import flow_dynamics
 from continuum.analysis.equations import LinearMultistep, method_of
 from continuum.analysis.figures import Axes, Line, Panel
 from continuum.analysis.gradients import compare_gradients
@@ -244,7 +244,7 @@ def _history(content: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def _dynamics(network: Network, sample: Sample) -> Section:
-    found = dynamics(network, sample.images[:FEW])
+    found = flow_dynamics(network, sample.images[:FEW])
     rows = [
         [
             d.flow,

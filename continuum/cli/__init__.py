@@ -23,10 +23,10 @@ from continuum.cli.parser import Parser
 from continuum.cli.verify import verify_command, verify_parser
 from continuum.cli.weak import weak_command, weak_parser
 from continuum.models.checkpoint import KEY, CheckpointError, read
-from continuum.models.zoo import BUILDERS
 from continuum.solvers import SolveError
 from continuum.training import Classifier, Digits, ImageData, LogCost, WritePredictions
 from continuum.training.images import DataError
+from continuum.zoo import BUILDERS
 
 COMMANDS: dict[str, tuple[Callable[[], Parser], Callable[[list[str]], None]]] = {
     "analyse": (analyse_parser, analyse_command),
@@ -149,7 +149,7 @@ def lightning(arguments: list[str]) -> None:
 
 
 DESCRIPTION = f"""Train networks of continuous depth and run their weights under any solver.
-Networks are built by {", ".join(f"continuum.{name}" for name in BUILDERS)}, or a function of your own decorated with
+Networks are built by {", ".join(f"continuum.zoo.{name}" for name in BUILDERS)}, or a function of your own decorated with
 continuum.models.builder."""
 
 
@@ -164,7 +164,10 @@ def _with_network(arguments: list[str]) -> list[str]:
         return arguments
     path = _value(arguments, "--ckpt_path")
     if arguments[0] == "fit" and path is None:
-        small = {"model.network": _class("continuum.odenet", {"width": 16, "downsample": False}), "model.learning_rate": 0.3}
+        small = {
+            "model.network": _class("continuum.zoo.odenet", {"width": 16, "downsample": False}),
+            "model.learning_rate": 0.3,
+        }
         if not any(a.startswith("--data") for a in arguments):
             small["data"] = _class("continuum.training.Digits", {"batch_size": 32})
         return _insert(arguments, small)
@@ -174,7 +177,7 @@ def _with_network(arguments: list[str]) -> list[str]:
     network = dict(description["arguments"])
     if ["drift"] not in description["changes"]:  # which is taken from the stochastic network that the builder makes
         network["solver"] = description["solvers"][0]
-    found = {"model.network": _class(f"continuum.{description['builder']}", network)}
+    found = {"model.network": _class(f"continuum.zoo.{description['builder']}", network)}
     if "data" in description and _value(arguments, "--data") is None:
         data = dict(description["data"]["arguments"])
         found["seed_everything"] = data.pop("seed", 0)

@@ -8,8 +8,8 @@ from jsonargparse.typing import PositiveInt
 from rich.console import Console
 from rich.table import Table
 
-from continuum.analysis.bench import ALLOCATOR, Report, new_report, parts, plan, summary, ways_of, write
-from continuum.analysis.plots import draw_overhead
+from continuum.bench.plots import draw_overhead
+from continuum.bench.report import ALLOCATOR, Report, new_report, parts, plan, summary, ways_of, write
 from continuum.cli.compare import chosen_device
 from continuum.cli.parser import Parser
 

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 import continuum.training
-from continuum.analysis.compare import Row, compare, is_stochastic, write_csv, write_json
+from continuum.analysis.compare import Row, compare_solvers, is_stochastic, write_csv, write_json
 from continuum.analysis.plots import draw_comparison, draw_steps
 from continuum.cli.parser import Parser
 from continuum.models.checkpoint import KEY, CheckpointError, read, restore
@@ -93,7 +93,7 @@ def compare_command(arguments: list[str]) -> None:
     rows = []
     with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), transient=True) as progress:
         task = progress.add_task("solvers", total=len(solvers) + 1)
-        for row in compare(network, batches, solvers, device, options.paths):
+        for row in compare_solvers(network, batches, solvers, device, options.paths):
             rows.append(row)
             progress.advance(task)
     Console(width=None if sys.stdout.isatty() else 160).print(_table(rows))

@@ -9,9 +9,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from continuum import zoo
 from continuum.cli.parser import Parser
-from continuum.models import Network, zoo
-from continuum.models.zoo import BUILDERS
+from continuum.models import Network
+from continuum.zoo import BUILDERS
 
 ELSEWHERE = {"num_classes", "in_channels", "solver"}
 """Arguments of almost all builders, not listed with the defaults."""
@@ -65,7 +66,7 @@ def models_command(arguments: list[str]) -> None:
     models_parser().parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 160)
     headings, *builders = documented()
-    table = _table("the zoo: continuum.NAME(...)", [*headings, "defaults", "parameters"])
+    table = _table("the zoo: continuum.zoo.NAME(...)", [*headings, "defaults", "parameters"])
     for name, *words in builders:
         table.add_row(name, *words, defaults(name), f"{size_of(build(name, {})):,}")
     console.print(table)
@@ -81,7 +82,7 @@ def models_command(arguments: list[str]) -> None:
 
 
 def documented() -> Iterator[list[str]]:
-    """The rows of the table at the top of `continuum.models.zoo`, the headings first."""
+    """The rows of the table at the top of `continuum.zoo`, the headings first."""
     for line in (zoo.__doc__ or "").splitlines():
         if line.startswith("| ") and not line.startswith("| -"):
             yield [cell.strip().strip("`") for cell in line.strip("|").split("|")]

@@ -9,11 +9,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from continuum.analysis.accuracy import Order, Undone, scheme_orders, undo_errors
-from continuum.analysis.certificate import GRADIENTS, SMALL, Certificate, certify, small, some_images
 from continuum.cli.parser import Parser
 from continuum.models import Network
 from continuum.models.checkpoint import load
+from continuum.verify.accuracy import Order, Undone, scheme_orders, undo_errors
+from continuum.verify.certificate import GRADIENTS, SMALL, Certificate, certify, small, some_images
 
 Checks = list[tuple[bool, str]]
 """Whether each check passed, and what to say if it did not."""

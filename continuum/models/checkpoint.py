@@ -12,9 +12,9 @@ import torch
 from continuum.files import whole_file
 from continuum.flow import Flow
 from continuum.models.network import Network
-from continuum.models.zoo import BUILDERS
 from continuum.solvers import Adaptive, Solver
 from continuum.solvers.text import describe
+from continuum.zoo import BUILDERS
 
 KEY = "continuum"
 """Where the description stands in a file; a training checkpoint carries it under the same key."""

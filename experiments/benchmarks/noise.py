@@ -112,7 +112,7 @@ def saving(pairs: int, depth: int, batch_size: int) -> dict[str, float]:
     """The time that a training step with stochastic depth saves, and the share of blocks that it dropped meanwhile."""
     torch.manual_seed(0)
     images, labels = torch.randn(batch_size, 3, 32, 32), torch.randint(10, (batch_size,))
-    networks = [continuum.stochastic_depth_resnet(depth, last=last) for last in (0.5, 1.0)]
+    networks = [continuum.zoo.stochastic_depth_resnet(depth, last=last) for last in (0.5, 1.0)]
     counts = [0]
     blocks = list(stochastic_fields(networks[0]))
     for block in blocks:

@@ -74,8 +74,8 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     images = torch.randn(options.batch_size, 3, 32, 32, device=device)
     labels = torch.randint(10, (options.batch_size,), device=device)
-    flow = continuum.preresnet(20).to(device)
-    plain = PlainResNet(continuum.preresnet(20).to(device))
+    flow = continuum.zoo.preresnet(20).to(device)
+    plain = PlainResNet(continuum.zoo.preresnet(20).to(device))
     runs = training_step(flow, images, labels), training_step(plain, images, labels)
     for run in runs * 3:
         run()

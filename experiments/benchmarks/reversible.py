@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from continuum import Autonomous, Coupled, Coupling, FixedStep, Flow, PiecewiseConstant, PreActivation, TwoStepMidpoint, Verlet
-from continuum.analysis.memory import peak_memory
-from continuum.fields import Antisymmetric, Field, Hamiltonian
+from continuum import Autonomous, Coupled, FixedStep, Flow, PiecewiseConstant
+from continuum.analysis import peak_memory
+from continuum.fields import Antisymmetric, Field, Hamiltonian, PreActivation
 from continuum.files import whole_file
-from continuum.schemes import ReversibleScheme
+from continuum.schemes import Coupling, ReversibleScheme, TwoStepMidpoint, Verlet
 
 CHANNELS, SIZE, BATCH = 32, 16, 16
 

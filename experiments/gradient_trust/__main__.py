@@ -10,11 +10,12 @@ from functools import partial
 import pytorch_lightning as pl
 import torch
 
-from continuum import Coupled, Coupling, FixedStep, Flow, PiecewiseConstant
+from continuum import Coupled, FixedStep, Flow, PiecewiseConstant
+from continuum.analysis import compare_gradients
 from continuum.analysis.figures import Axes, Line
-from continuum.analysis.gradients import compare_gradients
 from continuum.fields import Autonomous, ODENetBranch, PreActivation
 from continuum.fields.branches import group_norm
+from continuum.schemes import Coupling
 from continuum.solvers import parse
 from experiments.common import Experiment, Row, cifar10, evaluated, seeded, single_flow, spread, table, train
 

@@ -10,9 +10,10 @@ from functools import partial
 import pytorch_lightning as pl
 
 import continuum
-from continuum import Expansion, Flow, Hat, PiecewiseConstant
+from continuum import Expansion, Flow, PiecewiseConstant
+from continuum.analysis import peak_memory
 from continuum.analysis.figures import Axes, Line
-from continuum.analysis.memory import peak_memory
+from continuum.bases import Hat
 from continuum.fields import Autonomous, ODENetBranch, PreActivation
 from continuum.fields.branches import group_norm
 from experiments.common import Experiment, Row, cifar10, evaluated, seeded, single_flow, spread, table, train

@@ -14,7 +14,7 @@ from torch.func import jvp
 
 from continuum import Autonomous, Field, FixedStep, Flow
 from continuum.analysis.convergence import copied
-from continuum.analysis.defects import SOLUTION, Defect, defects
+from continuum.analysis.defects import SOLUTION, Defect, scheme_defects
 from continuum.analysis.equations import method_of
 from continuum.analysis.figures import Axes, Line
 from continuum.fields import Momentum, SecondOrder
@@ -81,7 +81,7 @@ def run(experiment: Experiment, name: str, seed: int) -> Row:
         x = network.stem(next(data.test_batches(settings["states"]))[0])
     (flow,) = network.flows
     field = flow.field
-    found = {name: defects(Linearised(field, x) if name == "PolyNet" else field, x, scheme, settings["sizes"])}
+    found = {name: scheme_defects(Linearised(field, x) if name == "PolyNet" else field, x, scheme, settings["sizes"])}
     if name == "PolyNet":
         found[COMPOSED] = composed(field, x, scheme, settings["sizes"])
     k = float(field.k) if isinstance(field, Momentum) else None

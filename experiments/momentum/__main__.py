@@ -5,12 +5,12 @@ from functools import partial
 import pytorch_lightning as pl
 
 import continuum
+from continuum.analysis import frictions
 from continuum.analysis.figures import Axes, Line
-from continuum.analysis.momentum import frictions
 from continuum.training import Steps
 from experiments.common import Experiment, Row, cifar10, evaluated, seeded, spread, table, train
 
-NETWORKS = {"ResNet": continuum.preresnet, "LM-ResNet": continuum.lm_resnet}
+NETWORKS = {"ResNet": continuum.zoo.preresnet, "LM-ResNet": continuum.zoo.lm_resnet}
 
 
 class Frictions(pl.Callback):

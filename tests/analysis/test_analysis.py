@@ -1,0 +1,144 @@
+"""Comparison of solvers: its numbers are those of plain loops, its memory that of known computations."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import continuum
+from continuum.analysis.compare import Row, compare_solvers, write_csv, write_json
+from continuum.analysis.memory import peak_memory
+from continuum.analysis.plots import draw_comparison, draw_steps
+from continuum.solvers import parse
+
+CPU = torch.device("cpu")
+
+
+@torch.no_grad()
+def test_stochastic_solvers_run_over_paths_and_deterministic_ones_on_the_drift(
+    batches: list[tuple[Tensor, Tensor]], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    network = continuum.zoo.stochastic_depth_resnet(14, width=8, in_channels=1)
+    texts = ("euler_maruyama", "euler_maruyama:increments=brownian,h=0.5", "brownian:method=euler,h=0.5", "rk4:h=0.5")
+    rows = list(compare_solvers(network, batches, [parse(text) for text in texts], CPU, paths=4))
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    drift = network.drift().eval()
+    assert [row.paths for row in rows] == [1, 4, 4, 4, 1]
+    assert rows[0].solver == "euler:h=1"
+    assert rows[0].agreement == 1
+    for row, solver in ((rows[0], "euler"), (rows[4], "rk4:h=0.5")):
+        expected = drift.with_solver(solver)(images)
+        assert row.loss == pytest.approx(float(torch.nn.functional.cross_entropy(expected, labels)), rel=1e-5)
+        assert math.isnan(row.loss_deviation)
+    # By hand: a path is a seed, the batches in order, noise on, BatchNorm as in evaluation.
+    losses = []
+    network.eval()
+    for seed in range(4):
+        torch.manual_seed(seed)
+        network.sample(batches[0][0], 1)  # to warm up, which is when memory is measured
+        logits = torch.cat([network.sample(inputs, 1)[0] for inputs, _ in batches])
+        losses.append(float(torch.nn.functional.cross_entropy(logits, labels)))
+    sampled = torch.tensor(losses, dtype=torch.float64)
+    assert rows[1].loss == pytest.approx(float(sampled.mean()), rel=1e-5)
+    assert rows[1].loss_deviation == pytest.approx(float(sampled.std()), rel=1e-4)
+    assert rows[1].loss_deviation > 0
+    assert rows[2].evaluations == 2 * rows[1].evaluations == rows[3].evaluations
+    assert not network.training
+    again = list(compare_solvers(network, batches, [parse(texts[0])], CPU, paths=4))
+    assert again[1].loss == rows[1].loss
+    write_csv(rows, tmp_path / "rows.csv")
+    assert "accuracy_deviation" in (tmp_path / "rows.csv").read_text()
+    draw_comparison(rows, tmp_path / "rows.png")
+
+
+def test_peak_memory_is_what_lives_at_once() -> None:
+    x = torch.zeros(1000)
+
+    def chain() -> Tensor:
+        y = x
+        for _ in range(10):
+            y = y + 1
+        return y
+
+    def keep() -> list[Tensor]:
+        return [x + i for i in range(10)]
+
+    def views_and_in_place() -> Tensor:
+        y = (x + 1).view(10, 100)[2:].t()
+        return y.add_(1)
+
+    assert peak_memory(chain, CPU) == 2 * 4000
+    assert peak_memory(keep, CPU) == 10 * 4000
+    assert peak_memory(views_and_in_place, CPU) == 4000
+    assert peak_memory(lambda: x.view(10, 100), CPU) == 0
+
+
+@pytest.fixture
+def network() -> continuum.Network:
+    torch.manual_seed(0)
+    return continuum.zoo.preresnet(14, width=4, in_channels=1).eval()
+
+
+@pytest.fixture
+def batches() -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(size, 1, 8, 8, generator=generator), torch.randint(10, (size,), generator=generator)) for size in (6, 2)
+    ]
+
+
+@torch.no_grad()
+def test_rows_are_what_a_plain_loop_finds(network: continuum.Network, batches: list[tuple[Tensor, Tensor]]) -> None:
+    solvers = [parse("rk4:h=0.5"), parse("dopri5:rtol=1e-4,atol=1e-4")]
+    rows = list(compare_solvers(network, batches, solvers, CPU))
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    reference = network(images)
+    assert [row.solver for row in rows] == ["euler:h=1", "rk4:h=0.5", "dopri5:rtol=0.0001,atol=0.0001"]
+    assert (rows[0].agreement, rows[0].logit_difference, rows[0].evaluations) == (1.0, 0.0, 4.0)
+    assert rows[1].evaluations == 2 * 4 * 4
+    for row, solver in zip(rows[1:], solvers, strict=True):
+        other = network.with_solver(solver)
+        logits = torch.cat([other(x) for x, _ in batches])
+        assert row.accuracy == pytest.approx(float((logits.argmax(1) == labels).double().mean()))
+        assert row.loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)))
+        assert row.agreement == pytest.approx(float((logits.argmax(1) == reference.argmax(1)).double().mean()))
+        assert row.logit_difference == pytest.approx(float((logits - reference).abs().max()), rel=1e-4)
+        assert row.milliseconds > 0
+        assert row.memory > 0
+    # Evaluations are weighed by the samples of a batch.
+    other, total = network.with_solver(solvers[1]), 0
+    for x, _ in batches:
+        other(x)
+        total += len(x) * sum(flow.cost.evaluations for flow in other.flows if flow.cost)
+    assert rows[2].evaluations == pytest.approx(total / len(images))
+    assert [grid[-1] for grid in rows[2].grids] == [2.0, 1.0, 1.0]
+
+
+def test_a_solver_that_fails_has_its_reason_and_the_others_go_on(
+    network: continuum.Network, batches: list[tuple[Tensor, Tensor]], tmp_path: Path
+) -> None:
+    rows = list(compare_solvers(network, batches, [parse("dopri5:max_evaluations=2"), parse("euler:h=0.5")], CPU))
+    assert "budget" in rows[1].error
+    assert math.isnan(rows[1].accuracy)
+    assert not rows[2].error
+    write_csv(rows, tmp_path / "rows.csv")
+    write_json(rows, {"seed": 0}, tmp_path / "rows.json")
+    assert len((tmp_path / "rows.csv").read_text().splitlines()) == 4
+    content = json.loads((tmp_path / "rows.json").read_text())
+    assert content["seed"] == 0
+    assert content["rows"][1]["accuracy"] is None
+    draw_comparison(rows, tmp_path / "rows.png")
+    assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_steps_are_drawn_where_a_solver_chose_them(tmp_path: Path) -> None:
+    even = Row("rk4:h=0.5", evaluations=8, grids=[[0.0, 0.5, 1.0]])
+    chosen = Row("dopri5", evaluations=20, grids=[[0.0, 0.1, 1.0]])
+    assert not draw_steps([even], tmp_path / "steps.png")
+    assert not (tmp_path / "steps.png").exists()
+    assert draw_steps([even, chosen], tmp_path / "steps.png")
+    assert (tmp_path / "steps.png").is_file()

@@ -1,0 +1,258 @@
+"""The command line: one path from training to a comparison, and one line for what a user can mend."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import continuum
+from continuum.cli import CommandLine, main
+from continuum.cli.compare import compare_parser
+from continuum.cli.parser import Parser
+from continuum.training import Classifier, ImageData
+
+
+@pytest.fixture(autouse=True)
+def command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["continuum"])
+    monkeypatch.chdir(tmp_path)
+
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+
+NETWORK = """
+model:
+  network:
+    class_path: continuum.zoo.odenet
+    init_args:
+      width: 4
+      downsample: false
+      solver: bosh3:rtol=1e-2,atol=1e-2
+"""
+CONFIG = f"""seed_everything: 1
+data:
+  class_path: continuum.training.Digits
+  init_args:
+    train_size: 64
+    batch_size: 32
+{NETWORK}
+trainer:
+  accelerator: cpu
+  max_epochs: 2
+  logger:
+    class_path: pytorch_lightning.loggers.CSVLogger
+    init_args:
+      save_dir: runs
+      name: small
+      version: ""
+"""
+
+
+def run(*arguments: str) -> None:
+    main(list(arguments))
+
+
+NOISY = """model:
+  network:
+    class_path: continuum.zoo.stochastic_depth_resnet
+    init_args:
+      depth: 14
+      width: 8
+      in_channels: 1"""
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line on which the command gives up, with exit status 2."""
+    with pytest.raises(SystemExit) as stop:
+        run(*arguments)
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    message = [line for line in lines if line.startswith("continuum:")]
+    assert len(message) == 1
+    assert "Traceback" not in "".join(lines)
+    return message[0]
+
+
+def test_fit_test_predict_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("config.yaml").write_text(CONFIG)
+    run("fit", "--config", "config.yaml")
+    checkpoint = "runs/small/checkpoints/last.ckpt"
+    trained = continuum.load(checkpoint)
+    assert str(trained.solver) == "bosh3:rtol=0.01,atol=0.01"
+
+    # The checkpoint alone says which network and data it is.
+    run("test", "--ckpt_path", checkpoint, "--trainer.accelerator", "cpu", "--trainer.logger", "false")
+    out = capsys.readouterr().out
+    assert "test/accuracy" in out
+    run("predict", "--ckpt_path", checkpoint, "--trainer.accelerator", "cpu", "--trainer.logger", "false")
+    assert len(Path("predictions.csv").read_text().splitlines()) == 1 + 359
+
+    solvers = ["euler:h=0.5", "rk4:h=1", "dopri5:rtol=1e-4,atol=1e-4", "dopri5:max_evaluations=3"]
+    capsys.readouterr()
+    run("compare", checkpoint, *(part for s in solvers for part in ("--solver", s)), "--images", "50", "--device", "cpu")
+    out = capsys.readouterr().out
+    folder = Path("runs/small/checkpoints/compare")
+    with open(folder / "compare.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["solver"] for row in rows] == [str(trained.solver), *(str(continuum.solvers.parse(s)) for s in solvers)]
+    assert [float(row["evaluations"]) for row in rows[1:3]] == [2, 4]
+    assert rows[0]["agreement"] == "1.0"
+    assert float(rows[0]["logit_difference"]) == 0
+    assert float(rows[3]["logit_difference"]) > 0
+    assert "budget" in rows[4]["error"]
+    assert "budget" in out
+    content = json.loads((folder / "compare.json").read_text())
+    assert content["images"] == 50
+    assert content["rows"][1]["grids"] == [[0.0, 0.5, 1.0]]
+    assert content["rows"][4]["accuracy"] is None
+    for picture in ("compare.png", "steps.png"):
+        assert (folder / picture).stat().st_size > 5000
+        assert str(folder / picture) in out
+
+    # The accuracy is that of a plain evaluation of the same images.
+    data = continuum.training.Digits(train_size=64, batch_size=32, seed=1)
+    data.setup("test")
+    correct = [(trained(x).argmax(1) == y).double() for x, y in data.test_batches(50)]
+    assert float(rows[0]["accuracy"]) == pytest.approx(float(torch.cat(correct).mean()))
+
+
+def test_a_stochastic_network_is_fitted_sampled_and_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("config.yaml").write_text(CONFIG.replace(NETWORK, NOISY))
+    run("fit", "--config", "config.yaml")
+    checkpoint = "runs/small/checkpoints/last.ckpt"
+    quiet = ("--trainer.accelerator", "cpu", "--trainer.logger", "false")
+    run("predict", "--ckpt_path", checkpoint, "--samples", "3", *quiet)
+    with open("predictions.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 359
+    assert sum(float(rows[0][f"p({c})"]) for c in range(10)) == pytest.approx(1, abs=1e-4)
+    assert any(float(rows[0][f"s({c})"]) > 0 for c in range(10))
+
+    solvers = ["euler_maruyama:h=0.5,increments=brownian", "milstein:h=0.5", "brownian:method=euler,h=1", "rk4:h=1"]
+    capsys.readouterr()
+    arguments = [part for s in solvers for part in ("--solver", s)]
+    run("compare", checkpoint, *arguments, "--images", "40", "--paths", "3", "--device", "cpu")
+    assert "±" in capsys.readouterr().out
+    with open("runs/small/checkpoints/compare/compare.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["paths"] for row in rows] == ["1", "3", "3", "3", "1"]
+    assert rows[0]["solver"] == "euler:h=1"
+    assert float(rows[1]["loss_deviation"]) > 0
+
+    # The drift in a file of its own is a deterministic network with the same answers.
+    trained = continuum.load(checkpoint)
+    continuum.save(trained.drift(), "drift.pt")
+    drift = continuum.load("drift.pt")
+    images = torch.randn(2, 1, 8, 8)
+    assert torch.equal(drift(images), trained(images))
+    assert not drift.stochastic
+    message = refused(capsys, "compare", "drift.pt", "--solver", "euler_maruyama", "--data", "Digits")
+    assert "no noise" in message
+
+
+def test_two_runs_are_equal_and_a_killed_one_resumes() -> None:
+    """`kill -9` after an epoch, then `--ckpt_path last`: the weights of the uninterrupted run, to the bit."""
+    Path("config.yaml").write_text(CONFIG.replace("max_epochs: 2", "max_epochs: 6"))
+
+    def arguments(name: str) -> list[str]:
+        return ["fit", "--config", "config.yaml", "--trainer.logger.init_args.name", name, "--ckpt_path", "last"]
+
+    run(*arguments("a"))
+    run(*arguments("b"))
+    # As many threads as here, for sums in another order would differ in the last bit.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "-m", "continuum.cli", *arguments("c")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
+    checkpoint = Path("runs/c/checkpoints/last.ckpt")
+    while not checkpoint.is_file() and process.poll() is None:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    run(*arguments("c"))
+    a, b, c = (continuum.load(f"runs/{name}/checkpoints/last.ckpt").state_dict() for name in "abc")
+    assert torch.load("runs/a/checkpoints/last.ckpt", weights_only=True)["epoch"] == 5
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert all(torch.equal(a[key], c[key]) for key in a)
+
+
+def test_a_saved_network_is_compared_on_named_data(capsys: pytest.CaptureFixture[str]) -> None:
+    continuum.save(continuum.zoo.preresnet(14, width=4, in_channels=1), "network.pt")
+    assert "--data" in refused(capsys, "compare", "network.pt")
+    data = ("--data", "Digits")
+    assert "Momentum" in refused(capsys, "compare", "network.pt", *data, "--solver", "linear_two_step")
+    assert "h=2" in refused(capsys, "compare", "network.pt", *data, "--solver", "euler:h=2", "--solver", "rk4")
+    assert "images" in refused(capsys, "compare", "network.pt", *data, "--images", "0")
+    assert "device" in refused(capsys, "compare", "network.pt", *data, "--device", "tpu")
+    run("compare", "network.pt", "--data", "Digits", "--images", "20", "--solver", "rk4:h=1", "--out", "out", "--device", "cpu")
+    assert "pictures: out/compare.png\n" in capsys.readouterr().out
+    assert not Path("out/steps.png").exists()
+
+
+def test_an_unknown_key_is_named_with_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for key in ("widht", "trainr", "learning_rat"):
+        text = CONFIG.replace("width", "widht") if key == "widht" else CONFIG
+        text = f"trainr: 1\n{text}" if key == "trainr" else text
+        text = text.replace("model:\n", "model:\n  learning_rat: 1\n") if key == "learning_rat" else text
+        number = next(n for n, content in enumerate(text.splitlines(), 1) if key in content)
+        Path("config.yaml").write_text(text)
+        message = refused(capsys, "fit", "--config", "config.yaml")
+        assert key in message
+        assert f"config.yaml:{number}" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (("bosh3:", "bosch3:"), ["bosch3", "bosh3", "dopri5", "rk4"]),
+        (("rtol=1e-2,", "tol=1e-2,"), ["tol", "rtol", "max_evaluations"]),
+        (("bosh3:rtol=1e-2,atol=1e-2", "euler:h=0.3"), ["1/m", "0.3"]),
+        (("continuum.zoo.odenet", "continuum.zoo.odnet"), ["odnet"]),
+    ],
+)
+def test_bad_values_in_a_config(capsys: pytest.CaptureFixture[str], change: tuple[str, str], expected: list[str]) -> None:
+    Path("config.yaml").write_text(CONFIG.replace(*change))
+    message = refused(capsys, "fit", "--config", "config.yaml")
+    assert all(word in message for word in expected)
+
+
+def test_missing_files_and_data(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert str(tmp_path / "nothing.ckpt") in refused(capsys, "compare", "nothing.ckpt")
+    Path("junk.ckpt").write_bytes(b"junk")
+    assert "not a checkpoint" in refused(capsys, "compare", "junk.ckpt")
+    assert "rk5" in refused(capsys, "compare", "junk.ckpt", "--solver", "rk5")
+    Path("config.yaml").write_text(CONFIG.replace("Digits", "ImageFolder").replace("train_size: 64", "root: nowhere"))
+    message = refused(capsys, "fit", "--config", "config.yaml")
+    assert str(tmp_path / "nowhere" / "train") in message
+    assert "<class>" in message
+
+
+@pytest.mark.parametrize("config", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_configs_of_the_experiments_parse(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run("fit", "--config", str(config), "--print_config")
+    assert stop.value.code in (None, 0)
+    assert "class_path: continuum" in capsys.readouterr().out
+
+
+def test_every_option_is_documented(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run("--help")
+    top = capsys.readouterr().out
+    assert all(command in top for command in ("fit", "validate", "test", "predict", "compare", "lm_resnet"))
+    parser = Parser()
+    parser.add_class_arguments(Classifier, "model")
+    for actions in (parser._actions, compare_parser()._actions):
+        for action in actions:
+            if action.dest not in ("help", "model"):
+                assert action.help, f"{action.dest} has no help"
+    for data in ImageData.__subclasses__():
+        parser = Parser()
+        parser.add_class_arguments(data, "data")
+        assert all(action.help for action in parser._actions), data
+    assert issubclass(CommandLine, object)

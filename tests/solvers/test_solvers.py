@@ -1,0 +1,763 @@
+"""All steps: accuracy, gradients, costs and failures of solves, and the text of solvers."""
+
+import copy
+import re
+
+import pytest
+import torch
+from problems import FLOAT64, LINEAR, LOGISTIC, PROBLEMS, Function, Watched, tanh_layers
+from torch import nn
+from torchdiffeq._impl.odeint import SOLVERS
+
+from continuum import (
+    MLP,
+    RK4,
+    Adaptive,
+    Autonomous,
+    Euler,
+    Field,
+    FixedStep,
+    Flow,
+    Midpoint,
+    Momentum,
+    PiecewiseConstant,
+    SolveError,
+)
+from continuum.schemes import AdamsBashforth, Heun, Kutta3, LinearTwoStep
+from continuum.solvers import Embedded, parse
+from continuum.solvers.pairs import METHODS, PAIRS, pair_of
+from continuum.solvers.text import describe
+from continuum.zoo import odenet, preresnet
+
+WITHIN = {"dopri5": 10, "dopri8": 10, "bosh3": 20, "adaptive_heun": 20}
+TOLERANCES = {"dopri5": range(3, 10), "dopri8": range(3, 10), "bosh3": range(3, 10), "adaptive_heun": range(3, 6)}
+TIMES = [0.0, 0.4, 1.1, 1.5, 2.0]
+
+
+def tight(method="dopri5", tolerance=1e-12, **options):
+    return Adaptive(method, rtol=tolerance, atol=tolerance, max_evaluations=1_000_000, **options)
+
+
+def small_mlp(features=3, seed=0):
+    torch.manual_seed(seed)
+    return MLP(features, hidden=8).double()
+
+
+def states(rows=4, features=3, seed=1):
+    return torch.randn(rows, features, dtype=FLOAT64, generator=torch.Generator().manual_seed(seed))
+
+
+# Accuracy
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+@pytest.mark.parametrize(("method", "digits"), [(method, d) for method in WITHIN for d in TOLERANCES[method]])
+@torch.no_grad()
+def test_error_is_a_small_multiple_of_the_tolerance(method, digits, problem):
+    """At the end and at every requested time. On the way back the logistic equation makes errors grow up to 15 times."""
+    tolerance = 10.0**-digits
+    flow = Flow(problem.field, tight(method, tolerance), depth=2)
+    exact = torch.stack([problem.exact(t, 1.0) for t in TIMES])
+    bound = WITHIN[method] * tolerance * (1 + exact.abs())
+    assert ((flow.trajectory(problem.start, TIMES, exact=True) - exact).abs() <= bound).all()
+    assert ((flow(problem.start) - exact[-1]).abs() <= bound[-1]).all()
+    back = flow.trajectory(exact[-1], TIMES[::-1], exact=True).flip(0)
+    assert ((back - exact).abs() <= 2 * bound).all()
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+@pytest.mark.parametrize(("method", "digits"), [(method, d) for method in WITHIN for d in (3, 5, 7) if d in TOLERANCES[method]])
+@torch.no_grad()
+def test_states_between_the_steps_are_as_good_as_at_their_ends(method, digits, problem):
+    """Requested times change no step, and the error between the ends of steps is at most three times that at the ends."""
+    flow = Flow(problem.field, tight(method, 10.0**-digits), depth=2)
+    flow(problem.start)
+    grid, evaluations = list(flow.cost.grid), flow.cost.evaluations
+    times = sorted({*grid, *torch.linspace(0, 2, 101).double().tolist()})
+    exact = torch.stack([problem.exact(t, 1.0) for t in times])
+    errors = (flow.trajectory(problem.start, times) - exact).abs() / (1 + exact.abs())
+    at_ends = errors[[times.index(t) for t in grid]].max()
+    assert errors.max() <= max(3 * at_ends, 10.0**-digits)
+    if method == "dopri8":
+        return  # no polynomial is as good as its steps, which end at the times therefore
+    assert list(flow.cost.grid) == grid
+    assert flow.cost.evaluations <= evaluations + 2 * flow.cost.accepted
+
+
+def test_fehlberg2_runs():
+    """Its error estimate promises too much, so that no tolerance is held; it converges all the same."""
+    errors = []
+    for tolerance in (1e-3, 1e-5, 1e-7):
+        with torch.no_grad():
+            end = Flow(LOGISTIC.field, tight("fehlberg2", tolerance), depth=2)(LOGISTIC.start)
+        errors.append(float((end - LOGISTIC.exact(2.0, 1.0)).abs().max()))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-3
+
+
+def test_methods_are_those_of_the_installed_torchdiffeq():
+    fixed = {"euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams", "fixed_adams"}
+    known = {"dopri5", "dopri8", "bosh3", "adaptive_heun", "fehlberg2", "scipy_solver", "tsit5"}
+    assert set(METHODS) & (fixed | known) == set(SOLVERS) & known
+    for method in METHODS:
+        assert str(Adaptive(method)).startswith(method)
+
+
+def test_scipy_goes_forward_only():
+    field = small_mlp()
+    flow = Flow(field, Adaptive("scipy_solver", rtol=1e-8, atol=1e-8), depth=1)
+    with pytest.raises(RuntimeError, match="forward only"):
+        flow(states())
+    with torch.no_grad():
+        torch.testing.assert_close(flow(states()), flow.with_solver(tight())(states()), rtol=1e-6, atol=1e-6)
+    assert flow.cost.evaluations > 0
+    with pytest.raises(ValueError, match="forward only"):
+        Adaptive("scipy_solver", gradient="adjoint")
+
+
+# Gradients
+
+
+def gradients(flow, x):
+    """The output, and the gradients of a smooth function of it with respect to the input and the field's weights."""
+    x = x.clone().requires_grad_()
+    y = flow(x)
+    inputs = [x, *flow.field.parameters()]
+    return y.detach(), torch.autograd.grad((y**2).sum() + y.sin().sum(), inputs)
+
+
+@pytest.mark.parametrize("field", [small_mlp(4), tanh_layers(3, gain=2.0)], ids=["mlp", "layers"])
+@pytest.mark.parametrize("method", ["dopri5", "dopri8", "bosh3"])
+@pytest.mark.parametrize("options", [{}, {"first_step": 0.3}], ids=["own first step", "given first step"])
+def test_direct_gradient_is_that_of_the_accepted_steps(method, field, options):
+    x = states(features=4)
+    flow = Flow(field, Adaptive(method, rtol=1e-5, atol=1e-5, **options), depth=3)
+    y, direct = gradients(flow, x)
+    unrolled_y, unrolled = gradients(flow.frozen(x), x)
+    torch.testing.assert_close(y, unrolled_y, rtol=1e-12, atol=1e-12)
+    for one, other in zip(direct, unrolled, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("method", PAIRS)
+@pytest.mark.parametrize("options", [{}, {"first_step": 0.5}], ids=["own first step", "given first step"])
+def test_step_sizes_are_constants_of_the_gradient(method, options):
+    """For y' = -y every step multiplies y by a number, so dy1/dy0 = y1/y0 unless the gradient runs through the numbers."""
+    flow = Flow(Function(lambda t, x: -x), Adaptive(method, rtol=1e-3, atol=1e-6, **options), depth=2)
+    y0 = torch.tensor([[1.7]], dtype=FLOAT64, requires_grad=True)
+    y1 = flow(y0)
+    (gradient,) = torch.autograd.grad(y1, y0)
+    torch.testing.assert_close(gradient, (y1 / y0).detach(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("tolerance", [1e-4, 1e-7])
+@pytest.mark.parametrize("method", ["dopri5", "bosh3"])
+@pytest.mark.parametrize("field", [small_mlp(4), tanh_layers(3)], ids=["mlp", "layers"])
+def test_adjoint_agrees_with_direct_to_the_tolerance(field, method, tolerance):
+    x = states(features=4)
+    y, direct = gradients(Flow(field, tight(method, tolerance), depth=3), x)
+    adjoint_y, adjoint = gradients(Flow(field, tight(method, tolerance, gradient="adjoint"), depth=3), x)
+    torch.testing.assert_close(y, adjoint_y, rtol=0, atol=20 * tolerance)
+    size = max(float(gradient.abs().max()) for gradient in direct)
+    for one, other in zip(direct, adjoint, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=20 * tolerance * (1 + size))
+
+
+class Normed(Field):
+    def __init__(self, features=3):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(features)
+        self.linear = nn.Linear(features, features)
+
+    def forward(self, t, x):
+        return torch.tanh(self.linear(self.norm(x)))
+
+
+def test_adjoint_does_not_update_batch_statistics_again():
+    torch.manual_seed(0)
+    flow = Flow(Normed().double(), Adaptive("dopri5", rtol=1e-4, atol=1e-4, gradient="adjoint"), depth=1)
+    end = flow(states(8).requires_grad_())
+    after = {name: buffer.clone() for name, buffer in flow.named_buffers()}
+    assert after["field.norm.num_batches_tracked"] == flow.cost.evaluations
+    end.sum().backward()
+    for name, buffer in flow.named_buffers():
+        assert torch.equal(buffer, after[name]), name
+    assert all(parameter.grad.abs().sum() > 0 for parameter in flow.parameters())
+
+
+class Recording(Field):
+    """Keeps the dtype that its linear map computes in."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.dtypes = []
+
+    def forward(self, t, x):
+        y = self.linear(x)
+        self.dtypes.append(y.dtype)
+        return torch.tanh(y)
+
+
+@pytest.mark.parametrize("gradient", ["direct", "adjoint"])
+def test_under_autocast_every_evaluation_is_in_bfloat16_and_the_state_is_not(gradient):
+    torch.manual_seed(0)
+    field = Recording()
+    flow = Flow(field, Adaptive("dopri5", rtol=1e-2, atol=1e-2, gradient=gradient), depth=1)
+    x = states().float().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = flow(x)
+    forward = len(field.dtypes)
+    y.sum().backward()
+    assert y.dtype == torch.float32
+    assert set(field.dtypes) == {torch.bfloat16}
+    assert (len(field.dtypes) > forward) == (gradient == "adjoint")
+    assert x.grad.isfinite().all()
+
+
+# Frozen steps and their cost
+
+
+@pytest.mark.parametrize("method", PAIRS)
+def test_frozen_flow_repeats_the_accepted_steps(method):
+    tolerance = 1e-4
+    x = states(features=4)
+    for field, depth in [(small_mlp(4), 2), (tanh_layers(3, gain=2.0), 3)]:
+        flow = Flow(field, Adaptive(method, rtol=tolerance, atol=tolerance), depth)
+        frozen = flow.frozen(x)
+        with torch.no_grad():
+            first, second = flow(x), frozen(x)
+        assert frozen.cost.grid == flow.cost.grid
+        assert frozen.field is flow.field
+        bound = 1e-12 if method in ("dopri5", "dopri8", "bosh3") else 10 * tolerance
+        torch.testing.assert_close(second, first, rtol=bound, atol=bound)
+
+
+def test_only_adaptive_flows_can_be_frozen():
+    with pytest.raises(TypeError, match="only an adaptive flow"):
+        Flow(small_mlp(), "rk4", depth=1).frozen(states())
+    with pytest.raises(TypeError, match="scipy_solver"):
+        Flow(small_mlp(), Adaptive("scipy_solver"), depth=1).frozen(states())
+
+
+def test_freezing_leaves_the_flow_as_it_was():
+    torch.manual_seed(0)
+    flow = Flow(Normed().double(), "dopri5", depth=1)
+    frozen = flow.frozen(states(8))
+    assert flow.training
+    assert frozen.training
+    assert flow.field.norm.training
+    assert flow.field.norm.num_batches_tracked == 0
+
+
+ALL_SOLVERS = [*PAIRS, "euler:h=0.25", "midpoint", "heun:h=0.5", "kutta3", "rk4:h=0.2", "adams_bashforth:order=3,h=0.125"]
+
+
+@pytest.mark.parametrize("solver", [*ALL_SOLVERS, "scipy_solver", "dopri5:h=0.5", "bosh3:grid=0/0.3/1/2.5/3"])
+@pytest.mark.parametrize("make", [lambda: small_mlp(4), lambda: tanh_layers(3, gain=2.0)], ids=["mlp", "layers"])
+@torch.no_grad()
+def test_cost_counts_what_the_field_saw(make, solver):
+    field = Watched(make())
+    flow = Flow(field, solver, depth=3)
+    flow(states(features=4))
+    assert flow.cost.evaluations == len(field.depths)
+    assert flow.cost.accepted == len(flow.cost.grid) - 1
+    assert flow.cost.rejected >= 0
+    assert flow.cost.grid[0] == 0
+    assert flow.cost.grid[-1] == 3
+    assert list(flow.cost.grid) == sorted(set(flow.cost.grid))
+    if solver not in ("bosh3:grid=0/0.3/1/2.5/3",):
+        assert set(field.knots) <= set(flow.cost.grid)
+
+
+@pytest.mark.parametrize("method", PAIRS)
+@torch.no_grad()
+def test_rejected_steps_are_counted(method):
+    """A first step far too large for x' = -50 (x - cos t) is rejected, and each attempt costs its stages."""
+    field = Watched(Function(lambda t, x: -50 * (x - torch.as_tensor(t, dtype=FLOAT64).cos())))
+    x = torch.zeros(1, 1, dtype=FLOAT64)
+    flow = Flow(field, Adaptive(method, rtol=1e-4, atol=1e-4, first_step=1.0), depth=1)
+    y = flow(x)
+    assert flow.cost.rejected >= 1
+    stages = len(SOLVERS[method].tableau.beta)
+    new = 0 if pair_of(method).reuses_last else flow.cost.accepted - 1  # not at the end
+    assert flow.cost.evaluations == len(field.depths) == 1 + stages * (flow.cost.accepted + flow.cost.rejected) + new
+    assert abs(float(y) - float(torch.tensor(1.0).cos())) < (0.1 if method == "fehlberg2" else 0.02)
+
+
+@pytest.mark.parametrize("method", PAIRS)
+@torch.no_grad()
+def test_choosing_the_first_step_costs_one_evaluation_more(method):
+    """The slope at the start is used again by the first step, and that at the end of every step by the next one.
+
+    It is the last stage of most pairs, and one evaluation more of the others.
+    """
+    flow = Flow(LINEAR.field, Adaptive(method, rtol=1e-4, atol=1e-4), depth=2)
+    flow(LINEAR.start)
+    attempts = flow.cost.accepted + flow.cost.rejected
+    new = 0 if pair_of(method).reuses_last else flow.cost.accepted - 1  # not at the end
+    assert flow.cost.evaluations == 2 + len(SOLVERS[method].tableau.beta) * attempts + new
+
+
+@torch.no_grad()
+def test_the_grid_ends_exactly_on_knots_and_depth():
+    """However the last step is rounded: a frozen flow needs its grid to hold them."""
+    field, x = PiecewiseConstant(Function(lambda t, x: torch.ones_like(x)) for _ in range(3)), torch.zeros(1, 1)
+    for k in range(1, 100):
+        flow = Flow(field, Adaptive("bosh3", first_step=k / 201), depth=3)
+        flow(x)
+        assert {0.0, 1.0, 2.0, 3.0} <= set(flow.cost.grid)
+        flow.trajectory(x, [3, 0])
+        assert {0.0, 1.0, 2.0, 3.0} <= set(flow.cost.grid)
+
+
+@torch.no_grad()
+def test_the_field_is_never_evaluated_outside_the_flow():
+    for method in PAIRS:
+        field = Watched(small_mlp())
+        Flow(field, Adaptive(method, rtol=1e-3, atol=1e-3), depth=1)(states())
+        assert min(field.depths) >= 0
+        assert max(field.depths) <= 1, method
+
+
+# Knots
+
+
+class Smooth(Field):
+    """The same field without telling its knots."""
+
+    def __init__(self, field):
+        super().__init__()
+        self.field = field
+
+    def forward(self, t, x):
+        return self.field(t, x)
+
+
+NINE = tanh_layers(9, gain=2.0)
+
+
+@torch.no_grad()
+def layer_by_layer(x):
+    for layer in NINE.layers:
+        x = Flow(layer, tight(), depth=1)(x)
+    return x
+
+
+@torch.no_grad()
+def solve_nine(field, tolerance, **options):
+    x = states(features=4)
+    flow = Flow(field, Adaptive("dopri5", rtol=tolerance, atol=tolerance, **options), depth=9)
+    error = float((flow(x) - layer_by_layer(x)).abs().max())
+    return error, flow.cost
+
+
+def test_known_knots_save_evaluations():
+    _, known = solve_nine(NINE, 1e-5)
+    _, unknown = solve_nine(Smooth(NINE), 1e-5)
+    assert known.evaluations < unknown.evaluations
+
+
+def test_known_knots_give_accuracy():
+    known, _ = solve_nine(NINE, 1e-3)
+    unknown, _ = solve_nine(Smooth(NINE), 1e-3)
+    assert known < unknown / 10
+    assert known < 1e-2
+
+
+def test_steps_that_land_on_knots_do_no_harm():
+    error, cost = solve_nine(NINE, 1e-6, first_step=1.0)
+    usual_error, usual_cost = solve_nine(NINE, 1e-6)
+    assert cost.evaluations <= 1.5 * usual_cost.evaluations
+    assert error <= max(10 * usual_error, 1e-5)
+
+
+# Failures
+
+
+def poisoned(rows, total=6):
+    x = states(total)
+    for row in rows:
+        x[row, 1] = torch.nan
+    return x
+
+
+@pytest.mark.parametrize("rows", [(0,), (1, 4), (5,)])
+@pytest.mark.parametrize("method", PAIRS)
+@pytest.mark.parametrize("options", [{}, {"first_step": 0.1}, {"gradient": "adjoint"}], ids=str)
+def test_nan_in_the_state_names_the_rows(method, options, rows):
+    with pytest.raises(SolveError) as caught:
+        Flow(small_mlp(), Adaptive(method, **options), depth=1)(poisoned(rows))
+    error = caught.value
+    assert error.rows == rows
+    assert error.depth == 0
+    assert 1 <= error.evaluations <= 20
+    text = str(error)
+    assert "\n" not in text
+    for part in ("at depth 0", "with step", f"after {error.evaluations} evaluations", ", ".join(map(str, rows)), method):
+        assert part in text
+
+
+@pytest.mark.parametrize("method", PAIRS)
+@pytest.mark.parametrize("options", [{}, {"first_step": 0.1}], ids=str)
+def test_nan_weights_put_every_row_at_fault(method, options):
+    field = small_mlp()
+    with torch.no_grad():
+        field.outer.weight[0, 0] = torch.nan
+    with pytest.raises(SolveError) as caught:
+        Flow(field, Adaptive(method, **options), depth=1)(states(3))
+    assert caught.value.rows == (0, 1, 2)
+
+
+@pytest.mark.parametrize("method", PAIRS)
+def test_a_blow_up_on_the_way_names_depth_and_row(method):
+    """x' = x^2 from 1 reaches infinity at depth 1; from -1 it goes on forever."""
+    x = torch.tensor([[-1.0], [1.0], [-0.5]], dtype=FLOAT64)
+    with pytest.raises(SolveError) as caught:
+        Flow(Function(lambda t, x: x**2), Adaptive(method, rtol=1e-3, atol=1e-3), depth=2)(x)
+    assert caught.value.depth == pytest.approx(1, abs=0.2 if method == "fehlberg2" else 0.01)
+    assert caught.value.evaluations > 10
+    assert set(caught.value.rows) <= {1}
+
+
+def test_a_layer_that_breaks_is_named_by_its_depth():
+    field = tanh_layers(4)
+    with torch.no_grad():
+        field.layers[2].module[0].bias[0] = torch.nan
+    with pytest.raises(SolveError) as caught:
+        Flow(field, "dopri5", depth=4)(states(2, 4))
+    assert caught.value.depth == pytest.approx(2, abs=1e-6)
+    assert caught.value.rows == (0, 1)
+
+
+@pytest.mark.parametrize("budget", [1, 2, 20, 50])
+@pytest.mark.parametrize("method", PAIRS)
+def test_budget(method, budget):
+    field = Watched(LINEAR.field)
+    with pytest.raises(SolveError, match="budget") as caught:
+        Flow(field, Adaptive(method, rtol=1e-9, atol=1e-9, max_evaluations=budget), depth=20)(LINEAR.start)
+    assert len(field.depths) == caught.value.evaluations == budget
+    assert caught.value.rows == ()
+    assert caught.value.step > 0 or budget < 3, "once steps are taken, the error names their size"
+    assert "looser tolerance" in str(caught.value)
+
+
+def test_steps_below_the_smallest_allowed():
+    with pytest.raises(SolveError, match="step size underflows") as caught:
+        Flow(LINEAR.field, Adaptive("dopri5", rtol=1e-9, atol=1e-9, min_step=0.5), depth=2)(LINEAR.start)
+
+    assert 0 < caught.value.step <= 0.5
+
+
+def test_max_step_is_held():
+    flow = Flow(LINEAR.field, Adaptive("dopri5", rtol=1e-1, atol=1e-1, max_step=0.25), depth=2)
+    flow(LINEAR.start)
+    steps = [b - a for a, b in zip(flow.cost.grid, flow.cost.grid[1:], strict=False)]
+    assert max(steps) <= 0.25 + 1e-12
+
+
+@pytest.mark.parametrize("gradient", ["direct", "adjoint"])
+def test_batch_statistics_survive_a_failed_solve(gradient):
+    torch.manual_seed(0)
+    flow = Flow(Normed().double(), Adaptive("dopri5", 1e-9, 1e-9, gradient=gradient, max_evaluations=20), depth=30)
+    before = copy.deepcopy(dict(flow.named_buffers()))
+    with pytest.raises(SolveError):
+        flow(states(8))
+    for name, buffer in flow.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+
+
+def test_a_network_names_the_stage_and_keeps_its_statistics():
+    torch.manual_seed(0)
+    network = preresnet(14, width=4, solver="dopri5:rtol=1e-3,atol=1e-3").train()
+    with torch.no_grad():
+        network.stages[2].field.layers[0].module.conv1.weight[0, 0, 0, 0] = torch.nan
+    before = copy.deepcopy(dict(network.named_buffers()))
+    with pytest.raises(SolveError) as caught:
+        network(torch.randn(2, 3, 8, 8))
+    assert caught.value.flow == "stages.2"
+    assert "in flow stages.2" in str(caught.value)
+    assert "BatchNorm" not in str(caught.value)
+    for name, buffer in network.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+
+
+def test_a_network_names_the_images_at_fault():
+    torch.manual_seed(0)
+    network = odenet(width=8, downsample=False)
+    images = torch.randn(4, 1, 8, 8)
+    images[2, 0, 3, 3] = torch.inf
+    with pytest.raises(SolveError) as caught:
+        network(images)
+    assert (caught.value.flow, caught.value.rows) == ("stages.0", (2,))
+
+
+# Wrong arguments
+
+
+@pytest.mark.parametrize("method", [name for name in SOLVERS if name not in METHODS])
+def test_a_fixed_grid_method_points_to_fixed_steps(method):
+    with pytest.raises(ValueError, match="FixedStep"):
+        Adaptive(method)
+
+
+@pytest.mark.parametrize(
+    ("text", "listed"),
+    [
+        ("dopri6", [*PAIRS, "euler", "adams_bashforth"]),
+        ("RK4", ["rk4"]),
+        ("", ["euler", "dopri5"]),
+        ("dopri5:rtoll=1e-3", ["rtoll", "rtol", "atol", "first_step"]),
+        ("euler:rtol=1e-3", ["rtol", "h", "grid"]),
+        ("rk4:order=3", ["order", "h"]),
+        ("euler:h", ["h", "key=value"]),
+        ("euler:h=", ["key=value"]),
+        ("euler:h=half", ["half"]),
+        ("dopri5:max_evaluations=1.5", ["1.5"]),
+        ("dopri5:gradient=adjont", ["adjont", "direct", "adjoint"]),
+        ("adams_bashforth:order=7", ["2, 3 or 4", "7"]),
+        ("dopri5:h=0.5,rtol=1e-3", ["rtol", "h"]),
+        ("bosh3:rtol=-1", ["-1"]),
+        ("euler:h=0.3", ["0.3"]),
+        ("euler:grid=0/1/1", ["monotone"]),
+    ],
+)
+def test_wrong_text_is_answered_with_what_is_valid(text, listed):
+    with pytest.raises(ValueError, match=r"\w") as caught:
+        parse(text)
+    for word in listed:
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_misspelt_method_lists_the_methods():
+    with pytest.raises(ValueError, match="dopri5, bosh3"):
+        Adaptive("dopri7")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rtol": -1.0},
+        {"rtol": 0.0, "atol": 0.0},
+        {"min_step": 2.0, "max_step": 1.0},
+        {"max_step": 0.0},
+        {"first_step": 0.0},
+        {"first_step": -1.0},
+        {"max_evaluations": 0},
+        {"gradient": "backward"},
+        {"rtol": float("nan")},
+    ],
+    ids=str,
+)
+def test_limits_out_of_range(options):
+    with pytest.raises(ValueError, match=re.escape(str(next(iter(options.values()))))):
+        Adaptive("dopri5", **options)
+
+
+@pytest.mark.parametrize("h", [0, -1, 0.3, 1.5, 2.5, float("nan"), float("inf")])
+def test_h_counts_layers(h):
+    with pytest.raises(ValueError, match="1/m or an integer"):
+        FixedStep(Euler(), h=h)
+
+
+@pytest.mark.parametrize(("h", "depth"), [(2, 3), (4, 6), (1, 1.5), (0.5, 0.7), (3, 1)])
+def test_h_must_divide_the_depth(h, depth):
+    with pytest.raises(ValueError, match="does not divide"):
+        Flow(small_mlp(), FixedStep(Euler(), h=h), depth)
+
+
+@pytest.mark.parametrize("grid", [(0.0,), (), (0.0, 1.0, 1.0), (0.0, 2.0, 1.0)])
+def test_a_grid_is_monotone(grid):
+    with pytest.raises(ValueError, match="monotone"):
+        FixedStep(Euler(), grid=grid)
+
+
+def test_a_grid_covers_the_depth_and_excludes_h():
+    with pytest.raises(ValueError, match="no point at depth 2"):
+        Flow(small_mlp(), FixedStep(Euler(), grid=(0.0, 1.0)), depth=2)
+    with pytest.raises(ValueError, match="not both"):
+        FixedStep(Euler(), h=0.5, grid=(0.0, 1.0))
+    with pytest.raises(TypeError, match="Scheme"):
+        FixedStep("euler")
+
+
+def test_a_flow_says_what_it_needs():
+    with pytest.raises(TypeError, match="Autonomous"):
+        Flow(nn.Linear(3, 3), "euler", depth=1)
+    with pytest.raises(TypeError, match="Solver"):
+        Flow(small_mlp(), Euler(), depth=1)
+    for depth in (0, -1, float("nan")):
+        with pytest.raises(ValueError, match="depth"):
+            Flow(small_mlp(), "euler", depth=depth)
+
+
+# Text
+
+TEXTS = [
+    "euler",
+    "midpoint:h=0.5",
+    "heun:h=2",
+    "kutta3:h=0.3333333333333333",
+    "rk4:grid=0/0.5/1",
+    "adams_bashforth",
+    "adams_bashforth:order=4,h=0.125",
+    "linear_two_step",
+    "dopri5",
+    "dopri5:rtol=1e-4,atol=1e-6,gradient=adjoint",
+    "bosh3:first_step=0.1,min_step=1e-9,max_step=0.5,max_evaluations=77",
+    "scipy_solver:rtol=1e-5,atol=1e-5",
+    " dopri8 : rtol = 1e-4 , atol = 1e-4 ",
+    "dopri5:h=1",
+    "bosh3:h=0.25",
+    "fehlberg2:grid=0/0.1/0.30000000000000004/1",
+]
+OBJECTS = [
+    FixedStep(Euler()),
+    FixedStep(LinearTwoStep(), h=1 / 3),
+    FixedStep(RK4(), h=4),
+    FixedStep(Heun(), grid=(0.0, 0.1, 1 / 3, 1.0)),
+    FixedStep(Kutta3(), grid=(2.0, 1.0, 0.0)),
+    FixedStep(AdamsBashforth(3), h=1 / 7),
+    FixedStep(Midpoint(), h=1 / 49),
+    *(FixedStep(Embedded(pair)) for pair in PAIRS),
+    *(Adaptive(method, rtol=1 / 3, atol=1e-30) for method in METHODS),
+    Adaptive("dopri5", gradient="adjoint", first_step=1 / 3, max_evaluations=1),
+]
+
+
+@pytest.mark.parametrize("solver", [*TEXTS, *OBJECTS], ids=str)
+def test_text_parses_back_to_an_equal_solver(solver):
+    solver = parse(solver) if isinstance(solver, str) else solver
+    again = parse(str(solver))
+    assert again == solver
+    assert hash(again) == hash(solver)
+    assert str(again) == str(solver)
+
+
+def test_a_scheme_from_outside_has_no_text():
+    class Mine(Euler):
+        pass
+
+    solver = FixedStep(Mine())
+    with pytest.raises(TypeError, match="no textual form"):
+        describe(solver)
+    flow = Flow(small_mlp(), solver, depth=1)
+    assert "Mine" in repr(solver)
+    assert "mine" in str(solver), "printing never fails"
+    assert "mine" in repr(flow)
+    with pytest.raises(TypeError, match="only an adaptive flow"):
+        flow.frozen(states())
+
+
+# Trajectories
+
+
+@pytest.mark.parametrize("solver", [*ALL_SOLVERS, "dopri5:gradient=adjoint"])
+@torch.no_grad()
+def test_trajectory_begins_with_the_state_and_ends_as_forward(solver):
+    field, x = tanh_layers(3), states(features=4)
+    flow = Flow(field, solver, depth=3)
+    path = flow.trajectory(x, [0, 1, 2, 3])
+    assert path.shape == (4, *x.shape)
+    assert torch.equal(path[0], x)
+    torch.testing.assert_close(path[-1], flow(x), rtol=1e-12, atol=1e-12)
+    for k in range(1, 3):
+        shorter = Flow(PiecewiseConstant(list(field.layers)[:k]), solver, depth=k)
+        torch.testing.assert_close(path[k], shorter(x), rtol=1e-12, atol=1e-12)
+
+
+def test_times_may_be_a_tensor():
+    flow = Flow(small_mlp(), "dopri5:rtol=1e-6,atol=1e-6", depth=1)
+    times = torch.tensor([0.0, 0.5, 1.0])
+    assert torch.equal(flow.trajectory(states(), times), flow.trajectory(states(), [0.0, 0.5, 1.0]))
+
+
+@pytest.mark.parametrize("method", ["dopri5", "dopri8", "bosh3"])
+@pytest.mark.parametrize("field", [small_mlp(4), tanh_layers(4)], ids=["mlp", "layers"])
+@torch.no_grad()
+def test_the_way_back_undoes_the_way_there(field, method):
+    x = states(features=4)
+    flow = Flow(field, tight(method, 1e-8), depth=4)
+    back = flow.trajectory(flow(x), [4, 2.5, 0])
+    torch.testing.assert_close(back[-1], x, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(back[1], flow.trajectory(x, [0, 2.5])[-1], rtol=1e-5, atol=1e-5)
+    assert flow.cost.grid[0] == 0
+
+
+@pytest.mark.parametrize("times", [[], [0], [0, 0], [0, 1, 1], [0, 1, 0.5], [1, 0, 0.5], [0, float("nan")]], ids=str)
+@pytest.mark.parametrize("solver", ["euler:h=0.5", "dopri5"])
+def test_times_are_strictly_monotone(solver, times):
+    with pytest.raises(ValueError, match="strictly monotone"):
+        Flow(small_mlp(), solver, depth=1).trajectory(states(), times)
+
+
+def test_times_off_the_fixed_grid():
+    with pytest.raises(ValueError, match="does not divide"):
+        Flow(small_mlp(), "euler:h=0.5", depth=1).trajectory(states(), [0, 0.3])
+    with pytest.raises(ValueError, match=r"no point at depth 0\.5"):
+        Flow(small_mlp(), "euler:grid=0/0.3/1", depth=1).trajectory(states(), [0, 0.5, 1], exact=True)
+
+
+# Sharing weights
+
+
+def partly_in_training():
+    """A flow in training mode whose normalisation keeps its statistics, as for fine-tuning."""
+    torch.manual_seed(0)
+    flow = Flow(Normed().double(), "dopri5", depth=1).train()
+    flow.field.norm.eval()
+    return flow
+
+
+def test_with_solver_leaves_the_modes_of_the_shared_field():
+    flow = partly_in_training()
+    other = flow.with_solver("euler")
+    assert other.training
+    assert not flow.field.norm.training
+
+
+@pytest.mark.parametrize("rows", [(), (1,)], ids=["solved", "failed"])
+def test_freezing_leaves_the_modes_even_if_it_fails(rows):
+    flow = partly_in_training()
+    if rows:
+        with pytest.raises(SolveError):
+            flow.frozen(poisoned(rows))
+    else:
+        flow.frozen(states())
+    assert flow.training
+    assert flow.field.training
+    assert not flow.field.norm.training
+
+
+def test_with_solver_shares_weights_and_mode():
+    flow = Flow(Momentum(small_mlp(), -0.1).double(), "linear_two_step", depth=2).eval()
+    other = flow.with_solver("dopri5")
+    assert other.field is flow.field
+    assert not other.training
+    assert other.state_dict().keys() == flow.state_dict().keys()
+    assert Autonomous(nn.Tanh()).knots == ()
+
+
+def test_a_fixed_step_flow_compiles_to_one_graph():
+    flow = Flow(small_mlp(), "rk4:h=0.5", depth=2)
+    compiled = torch.compile(flow.forward, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(states()), flow(states()))
+
+
+@pytest.mark.parametrize("solver", ["euler", "rk4:h=0.5", "adams_bashforth:h=0.5", "dopri5", "dopri5:gradient=adjoint"])
+def test_a_field_of_another_shape_is_refused(solver):
+    """(4, 1) would broadcast against (4, 3) without a word."""
+    with pytest.raises(ValueError, match=r"returned shape \(4, 1\) for a state of shape \(4, 3\)"):
+        Flow(Autonomous(nn.Linear(3, 1)), solver, depth=1)(torch.zeros(4, 3))
+
+
+@pytest.mark.parametrize("solver", ["rk4:h=0.5", "dopri5", "dopri5:gradient=adjoint"])
+def test_an_empty_batch(solver):
+    flow = Flow(small_mlp(), solver, depth=2)
+    x = states()[:0].requires_grad_()
+    y = flow(x)
+    assert y.shape == x.shape
+    y.sum().backward()
+    assert x.grad is not None
+    assert (flow.cost.grid[0], flow.cost.grid[-1]) == (0, 2)
