@@ -7,7 +7,7 @@ import torch
 from jsonargparse.typing import PositiveInt
 from torch import Tensor
 
-from continuum.cli.parser import Parser
+from continuum.cli.parser import Parser, parser_of
 from continuum.convert import from_checkpoint, to_checkpoint
 from continuum.export import SUFFIXES, ExportError, export
 from continuum.models import Network
@@ -19,10 +19,7 @@ SAMPLES = 8
 
 
 def convert_parser() -> Parser:
-    parser = Parser(
-        prog="continuum convert",
-        description="Turn a published ResNet checkpoint into a continuum checkpoint; or that into a state dict or a program.",
-    )
+    parser = parser_of("convert")
     parser.add_argument(
         "source",
         help="a file of continuum.save, a checkpoint of `continuum fit`, or the state dict of a ResNet under the names of "

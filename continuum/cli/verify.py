@@ -11,7 +11,7 @@ from rich.table import Table
 
 from continuum.analysis.accuracy import Order, Undone, scheme_orders, undo_errors
 from continuum.analysis.certificate import GRADIENTS, SMALL, Certificate, certify, small, some_images
-from continuum.cli.parser import Parser
+from continuum.cli.parser import Parser, parser_of
 from continuum.models import Network
 from continuum.models.checkpoint import load
 
@@ -20,10 +20,7 @@ Checks = list[tuple[bool, str]]
 
 
 def verify_parser() -> Parser:
-    parser = Parser(
-        prog="continuum verify",
-        description="Certify that networks are the published discrete ones, to the bit, and that schemes have their orders.",
-    )
+    parser = parser_of("verify")
     parser.add_argument(
         "checkpoint",
         nargs="?",
