@@ -58,7 +58,8 @@ def convert_command(arguments: list[str]) -> None:
     try:
         solver = parse(options.solver) if options.solver else None
         network, ours = _read(source)
-        print(f"read {source}: {_summary(network)}")
+        unseen = "" if ours else "; what has no weights (strides, activations, pooling) is taken to be as published"
+        print(f"read {source}: {_summary(network)}{unseen}")
         if not exports and ours != state_dict:
             form = "a continuum checkpoint" if ours else "a state dict"
             parser.error(f"nothing to do: {source} is {form} already, and by its suffix {dest} would be one too")
