@@ -322,7 +322,9 @@ def test_a_checkpoint_that_is_not_there_is_named(capsys: pytest.CaptureFixture[s
         (["--trainer.accelerator", "nonsense"], ["nonsense"]),
         (["--trainer.strategy", "nonsense"], ["nonsense"]),
         (["--trainer.devices", "0"], ["0"]),
-        (["--data.init_args.batch_size", "0"], ["batch_size"]),
+        (["--data.init_args.batch_size", "0"], ["continuum: batch_size is at least 1, not 0"]),
+        (["--data", "Nonsense"], ["Nonsense"]),
+        (["--trainer.overfit_batches", "1"], ["train_size"]),
     ],
 )
 def test_what_does_not_fit_is_one_line(capsys: pytest.CaptureFixture[str], options: list[str], words: list[str]) -> None:
@@ -356,8 +358,10 @@ def test_the_solver_of_training_has_one_row(capsys: pytest.CaptureFixture[str]) 
     assert [row["solver"] for row in json.loads(Path("out/compare.json").read_text())["rows"]] == ["euler:h=1", "rk4:h=1"]
 
 
-def test_a_network_keeps_its_precision_on_every_way() -> None:
+def test_a_network_keeps_its_precision_on_every_way(capsys: pytest.CaptureFixture[str]) -> None:
     continuum.save(continuum.preresnet(14, width=4, in_channels=1).double(), "network.pt")
+    run("verify", "network.pt")
+    assert "all 4 checks passed" in capsys.readouterr().out
     run("compare", "network.pt", "--data", "Digits", "--images", "4", "--device", "cpu", "--out", "out", "--solver", "rk4")
     assert len(json.loads(Path("out/compare.json").read_text())["rows"]) == 2
 
@@ -371,3 +375,4 @@ def test_a_network_without_a_flow_is_tested_and_not_compared(capsys: pytest.Capt
     )
     run(*SHORT)
     run("test", "--ckpt_path", "checkpoints/last.ckpt", *QUIET)
+    assert "noise" in refused(capsys, "predict", "--ckpt_path", "checkpoints/last.ckpt", *QUIET, "--samples", "2")

@@ -121,7 +121,7 @@ def _sample(network: Network, size: int | None) -> Tensor:
         raise ValueError(f"{network.blueprint.builder} takes vectors, not images: leave --image_size out")
     side = size or (224 if facts.get("stem") == "imagenet" else 32)
     shape = [facts["features"]] if "features" in facts else [facts["in_channels"], side, side]
-    images = torch.randn([SAMPLES, *shape], generator=torch.Generator().manual_seed(0))
+    images = torch.randn([SAMPLES, *shape], generator=torch.Generator().manual_seed(0)).to(next(network.parameters()))
     try:
         with torch.no_grad():
             network(images)

@@ -30,13 +30,20 @@ COMMANDS = {
 """The subcommands that run without Lightning, each the function NAME_command of its module."""
 
 
+OPTIONAL = re.compile(
+    r"(?:- Expected a path but \S+ either not accessible or invalid - )?Does not validate against any of the Union subtypes "
+    r"Subtypes: .*? Errors: - (.*?) - Expected a <class 'NoneType'> Given value type: .*"
+)
+"""What jsonargparse says of a value that may be left out, around what is wrong with it."""
+
+
 class Parser(jsonargparse.ArgumentParser):
     """A parser whose errors are the message alone, with the line of an unknown key in a config file."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # jsonargparse is trying out the types of a union
             super().error(message, ex)
-        text = " ".join(str(message).split())
+        text = OPTIONAL.sub(r"\1", " ".join(str(message).split()))
         unknown = re.findall(r"(?<!Parser )(?:key|option) ['\"]([\w.]+)['\"]", text, re.IGNORECASE)
         for key in unknown if re.search("accept|expected", text) else ():
             text += "".join(f"; {key!r} stands in {where}" for where in _lines(key.split(".")[-1], sys.argv))

@@ -74,6 +74,8 @@ class CommandLine(LightningCLI):
             super().instantiate_classes()
         except (TypeError, ValueError, MisconfigurationException) as error:  # arguments that a class refuses
             self.parser.error(str(error))
+        if self.subcommand == "predict" and self.model.samples and not self.model.network.stochastic:
+            self.parser.error("--samples are draws of the noise of a network, and no field of this one is a StochasticField")
         if self._get(self.config, "compile"):
             self.trainer.callbacks.insert(0, CompileNetwork())  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -69,7 +69,7 @@ def _certified(console: Console, networks: Mapping[str, Network]) -> Checks:
     rows: list[Sequence[str]] = []
     checks: Checks = []
     for name, network in track(networks.items(), "networks", transient=True):
-        found = certify(network, some_images(network))
+        found = certify(network, some_images(network).to(next(network.parameters())))
         equal = [_equal(same) for same in (found.training, found.evaluation, found.buffers)]
         rows.append(
             (name, found.solver or "none", f"{found.parameters:,}", *equal, f"{found.gradient:.1e}", _verdict(found.passed))
