@@ -71,9 +71,11 @@ def from_torchvision(model: ResNet) -> Network:
             parametrizations, shared weights.
     """
     if type(model) is not ResNet:
+        kind = f"{type(model).__module__}.{type(model).__qualname__}"
         raise TypeError(
-            f"from_torchvision takes a torchvision.models.ResNet itself, not a {type(model).__name__}: a wrapper or a subclass "
-            "may compute something else"
+            f"from_torchvision takes torchvision.models.resnet.ResNet itself, not a {kind}, which may compute something else. "
+            "If it does not, from_checkpoint takes its state dict, where what has no weights cannot be seen: strides, "
+            "activations, pooling and blurs"
         )
     arguments = _imagenet_arguments(model.state_dict(), TORCHVISION)
     modules = dict(model.named_modules())
@@ -112,7 +114,8 @@ def from_checkpoint(path: str | os.PathLike[str]) -> Network:
     Three stages of basic blocks give a `resnet`, with shortcuts A where they have no weights, four stages an
     `imagenet_resnet`. The last layer is called linear or fc, the shortcuts shortcut or downsample; names may begin with
     module., and the state dict may lie under state_dict, model or net. Sizes and numbers are read off the shapes. What has no
-    weights cannot be seen: four stages are taken to be without dilation.
+    weights cannot be seen and is taken to be as published: strides, activations, pooling, no dilation. A variant that differs
+    in these alone, as one that blurs where it strides, gives a network with other logits; compare them on a few images.
 
     Raises:
         FileNotFoundError: nothing at `path`.

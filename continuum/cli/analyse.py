@@ -6,17 +6,14 @@ from jsonargparse.typing import PositiveInt
 
 from continuum.analysis.page import write_html, write_json
 from continuum.analysis.report import Sample, report
-from continuum.cli.compare import chosen_device, described_data, device_name
-from continuum.cli.parser import Parser
+from continuum.cli.inputs import images_of
+from continuum.cli.parser import Parser, chosen_device, device_name, parser_of
 from continuum.models.checkpoint import read, restore
 from continuum.training import ImageData
 
 
 def analyse_parser() -> Parser:
-    parser = Parser(
-        prog="continuum analyse",
-        description="Report on a trained network as a differential equation: convergence, momentum, dynamics, cost, gradients.",
-    )
+    parser = parser_of("analyse")
     parser.add_argument("checkpoint", help="a file of continuum.save, or a checkpoint of `continuum fit`")
     parser.add_subclass_arguments(
         ImageData, "data", required=False, help="the images to analyse on (default: the test set of the training's data)"
@@ -36,16 +33,13 @@ def analyse_command(arguments: list[str]) -> None:
     if not network.flows:
         parser.error(f"{options.checkpoint} holds a network without a flow: there is no equation to analyse")
     device = chosen_device(parser, options.device)
-    data = parser.instantiate_classes(options)["data"] or described_data(content, options.checkpoint)
-    data.batch_size = options.images
-    data.prepare_data()
-    data.setup("test")
-    images, labels = next(data.test_batches(options.images))
+    found = images_of(parser, options, content, network, options.images, batch_size=options.images)
+    images, labels = found.batches[0]
     facts = {
         "checkpoint": str(options.checkpoint),
         "network": content["continuum"]["builder"],
         "solvers": ", ".join(sorted({str(flow.solver) for flow in network.flows})),
-        "data": type(data).__name__,
+        "data": found.name,
         "images": len(images),
         "device": device_name(device),
     }

@@ -10,15 +10,11 @@ from rich.table import Table
 
 from continuum.bench.plots import draw_overhead
 from continuum.bench.report import ALLOCATOR, Report, new_report, parts, plan, summary, ways_of, write
-from continuum.cli.compare import chosen_device
-from continuum.cli.parser import Parser
+from continuum.cli.parser import Parser, chosen_device, parser_of
 
 
 def bench_parser() -> Parser:
-    parser = Parser(
-        prog="continuum bench",
-        description="Measure what a solve costs beyond its evaluations, here and in other libraries.",
-    )
+    parser = parser_of("bench")
     parser.add_argument("--threads", type=PositiveInt, default=2, help="threads of torch on the CPU (default: 2)")
     parser.add_argument("--rounds", type=PositiveInt, help="rounds of each comparison, at most (default: 15)")
     parser.add_argument("--quick", action="store_true", help="small fields and two rounds: whether it runs, not how fast")

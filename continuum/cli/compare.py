@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from jsonargparse.typing import PositiveInt
@@ -11,11 +10,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-import continuum.training
 from continuum.analysis.compare import Row, compare_solvers, is_stochastic, write_csv, write_json
 from continuum.analysis.plots import draw_comparison, draw_steps
-from continuum.cli.parser import Parser
-from continuum.models.checkpoint import KEY, CheckpointError, read, restore
+from continuum.cli.inputs import images_of
+from continuum.cli.parser import Parser, chosen_device, device_name, parser_of
+from continuum.models.checkpoint import read, restore
 from continuum.solvers import parse
 from continuum.training import ImageData
 
@@ -40,10 +39,7 @@ DEFAULT_SOLVERS = (
 
 
 def compare_parser() -> Parser:
-    parser = Parser(
-        prog="continuum compare",
-        description="Table one set of weights under many solvers: cost, accuracy, and distance from the solver of training.",
-    )
+    parser = parser_of("compare")
     parser.add_argument("checkpoint", help="a file of continuum.save, or a checkpoint of `continuum fit`")
     parser.add_argument(
         "--solver",
@@ -78,22 +74,21 @@ def compare_command(arguments: list[str]) -> None:
     if network.stochastic and not options.solver:
         solvers += [parse(text) for text in DEFAULT_STOCHASTIC]
     drift = network.drift() if network.stochastic else network
+    try:
+        solvers = [solver for solver in dict.fromkeys(solvers) if solver != drift.solver]  # whose row is the first
+    except ValueError as error:
+        parser.error(f"{options.checkpoint} has no solver to compare others with: {error}")
     device = chosen_device(parser, options.device)
     for solver in solvers:
         try:
             (network if is_stochastic(solver) else drift).with_solver(solver)
         except (TypeError, ValueError) as error:
             parser.error(f"--solver {solver} does not fit this network: {error}")
-    data = parser.instantiate_classes(options)["data"] or described_data(content, options.checkpoint)
-    if options.batch_size:
-        data.batch_size = options.batch_size
-    data.prepare_data()
-    data.setup("test")
-    batches = list(data.test_batches(options.images))
+    images = images_of(parser, options, content, network, options.images, options.batch_size)
     rows = []
     with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), transient=True) as progress:
         task = progress.add_task("solvers", total=len(solvers) + 1)
-        for row in compare_solvers(network, batches, solvers, device, options.paths):
+        for row in compare_solvers(network, images.batches, solvers, device, options.paths):
             rows.append(row)
             progress.advance(task)
     Console(width=None if sys.stdout.isatty() else 160).print(_table(rows))
@@ -102,9 +97,9 @@ def compare_command(arguments: list[str]) -> None:
             print(f"{row.solver} failed: {row.error}")
     facts = {
         "checkpoint": str(options.checkpoint),
-        "data": type(data).__name__,
-        "images": sum(len(labels) for _, labels in batches),
-        "batch_size": data.batch_size,
+        "data": images.name,
+        "images": sum(len(labels) for _, labels in images.batches),
+        "batch_size": images.batch_size,
         "device": device_name(device),
         "torch": torch.__version__,
     }
@@ -115,30 +110,6 @@ def compare_command(arguments: list[str]) -> None:
     steps = draw_steps(rows, out / "steps.png")
     print(f"table:    {out / 'compare.csv'}, {out / 'compare.json'}")
     print(f"pictures: {out / 'compare.png'}" + (f", {out / 'steps.png'}" if steps else ""))
-
-
-def chosen_device(parser: Parser, choice: str | None) -> torch.device:
-    """The device that `--device` names, by default a GPU where there is one; without the one it names, the command ends."""
-    device = torch.device(choice or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("torch sees no CUDA device here: leave --device out, or give cpu")
-    return device
-
-
-def device_name(device: torch.device) -> str:
-    """The device as a table's facts state it."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-
-
-def described_data(content: dict[str, Any], path: str) -> ImageData:
-    """The data that the checkpoint at `path` was trained on."""
-    stated = content[KEY].get("data")
-    if stated is None:
-        raise CheckpointError(f"{path} does not say which data it was trained on: name them, for example --data Digits")
-    try:
-        return getattr(continuum.training, stated["class"])(**stated["arguments"])
-    except (AttributeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} names data that cannot be built ({error}): give --data") from None
 
 
 def _table(rows: Sequence[Row]) -> Table:

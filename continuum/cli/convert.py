@@ -7,7 +7,7 @@ import torch
 from jsonargparse.typing import PositiveInt
 from torch import Tensor
 
-from continuum.cli.parser import Parser
+from continuum.cli.parser import Parser, parser_of
 from continuum.convert import from_checkpoint, to_checkpoint
 from continuum.export import SUFFIXES, ExportError, export
 from continuum.models import Network
@@ -19,10 +19,7 @@ SAMPLES = 8
 
 
 def convert_parser() -> Parser:
-    parser = Parser(
-        prog="continuum convert",
-        description="Turn a published ResNet checkpoint into a continuum checkpoint; or that into a state dict or a program.",
-    )
+    parser = parser_of("convert")
     parser.add_argument(
         "source",
         help="a file of continuum.save, a checkpoint of `continuum fit`, or the state dict of a ResNet under the names of "
@@ -61,7 +58,8 @@ def convert_command(arguments: list[str]) -> None:
     try:
         solver = parse(options.solver) if options.solver else None
         network, ours = _read(source)
-        print(f"read {source}: {_summary(network)}")
+        unseen = "" if ours else "; what has no weights (strides, activations, pooling) is taken to be as published"
+        print(f"read {source}: {_summary(network)}{unseen}")
         if not exports and ours != state_dict:
             form = "a continuum checkpoint" if ours else "a state dict"
             parser.error(f"nothing to do: {source} is {form} already, and by its suffix {dest} would be one too")
@@ -123,7 +121,7 @@ def _sample(network: Network, size: int | None) -> Tensor:
         raise ValueError(f"{network.blueprint.builder} takes vectors, not images: leave --image_size out")
     side = size or (224 if facts.get("stem") == "imagenet" else 32)
     shape = [facts["features"]] if "features" in facts else [facts["in_channels"], side, side]
-    images = torch.randn([SAMPLES, *shape], generator=torch.Generator().manual_seed(0))
+    images = torch.randn([SAMPLES, *shape], generator=torch.Generator().manual_seed(0)).to(next(network.parameters()))
     try:
         with torch.no_grad():
             network(images)

@@ -2,15 +2,16 @@
 
 import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from continuum import zoo
-from continuum.cli.parser import Parser
+from continuum.cli.parser import Parser, parser_of
 from continuum.models import Network
 from continuum.zoo import BUILDERS
 
@@ -55,10 +56,7 @@ CONFIGURATIONS: tuple[Configuration, ...] = (
 
 
 def models_parser() -> Parser:
-    return Parser(
-        prog="continuum models",
-        description="List the networks of the zoo, and published configurations with their numbers of parameters.",
-    )
+    return parser_of("models")
 
 
 def models_command(arguments: list[str]) -> None:
@@ -74,10 +72,11 @@ def models_command(arguments: list[str]) -> None:
     columns = ["network", "built by", *map(str, classes), "statistics"]
     table = _table("published configurations: parameters by classes, and running statistics of BatchNorm", columns)
     for name, builder, chosen, numbers in CONFIGURATIONS:
-        networks = {number: build(builder, {**chosen, "num_classes": number}) for number in numbers}
+        network = build(builder, {**chosen, "num_classes": numbers[0]})
         call = f"{builder}({', '.join(f'{key}={value!r}' for key, value in chosen.items())})"
-        cells = [f"{size_of(networks[number]):,}" if number in networks else "" for number in classes]
-        table.add_row(name, call, *cells, f"{statistics_of(networks[numbers[0]]):,}")
+        sizes = {number: size_of(network) + (number - numbers[0]) * size_of_class(network) for number in numbers}
+        cells = [f"{sizes[number]:,}" if number in sizes else "" for number in classes]
+        table.add_row(name, call, *cells, f"{statistics_of(network):,}")
     console.print(table)
 
 
@@ -94,15 +93,36 @@ def defaults(name: str) -> str:
     return ", ".join(f"{p.name}={p.default}" for p in parameters if p.name not in ELSEWHERE and p.default is not None)
 
 
+class Uninitialised(TorchFunctionMode):
+    """Draws no weights: their memory is never touched, and networks of hundreds of layers are built to be counted at once.
+
+    On the "meta" device they would have no memory, but torch would import its compiler.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.__name__.endswith(("normal_", "uniform_")):  # methods, and functions of torch.nn.init
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 def build(name: str, arguments: dict[str, Any]) -> Network:
-    """A network without memory for its weights, to be counted."""
-    with torch.device("meta"):
+    """A network to be counted, whose weights are whatever there is in memory."""
+    with Uninitialised():
         return BUILDERS[name](**arguments)
 
 
-def size_of(network: Network) -> int:
+def size_of(network: nn.Module) -> int:
     """The numbers that are trained."""
     return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+
+
+def size_of_class(network: Network) -> int:
+    """The numbers that one more class would add: a row of the last linear map."""
+    *_, last = (module for module in network.head.modules() if isinstance(module, nn.Linear))
+    return size_of(last) // last.out_features
 
 
 def statistics_of(network: Network) -> int:

@@ -1,4 +1,4 @@
-"""The parser of every subcommand: its errors are one line."""
+"""The parser of every subcommand, whose errors are one line; what the subcommands are; devices."""
 
 import re
 import sys
@@ -6,21 +6,66 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
+import jsonargparse
+import torch
 import yaml
-from pytorch_lightning.cli import LightningArgumentParser
+
+LIGHTNING = {
+    "fit": "Train a network: by default a small ODE-Net on the digits.",
+    "validate": "Loss and accuracy on the images that were held out.",
+    "test": "Loss and accuracy on the test images.",
+    "predict": "Write the class and all probabilities of each test image to predictions.csv.",
+}
+"""The subcommands that Lightning runs, and what each does."""
+
+COMMANDS = {
+    "analyse": "Report on a trained network as a differential equation: convergence, momentum, dynamics, cost, gradients.",
+    "bench": "Measure what a solve costs beyond its evaluations, here and in other libraries.",
+    "compare": "Table one set of weights under many solvers: cost, accuracy, and distance from the solver of training.",
+    "convert": "Turn a published ResNet checkpoint into a continuum checkpoint; or that into a state dict or a program.",
+    "models": "List the networks of the zoo, and published configurations with their numbers of parameters.",
+    "verify": "Certify that networks are the published discrete ones, to the bit, and that schemes have their orders.",
+    "weak": "Measure how far a network with noise is from its SDE: the noise of its layers, and weak errors.",
+}
+"""The subcommands that run without Lightning, each the function NAME_command of its module."""
 
 
-class Parser(LightningArgumentParser):
+OPTIONAL = re.compile(
+    r"(?:- Expected a path but \S+ either not accessible or invalid - )?Does not validate against any of the Union subtypes "
+    r"Subtypes: .*? Errors: - (.*?) - Expected a <class 'NoneType'> Given value type: .*"
+)
+"""What jsonargparse says of a value that may be left out, around what is wrong with it."""
+
+
+class Parser(jsonargparse.ArgumentParser):
     """A parser whose errors are the message alone, with the line of an unknown key in a config file."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # jsonargparse is trying out the types of a union
             super().error(message, ex)
-        text = " ".join(str(message).split())
+        text = OPTIONAL.sub(r"\1", " ".join(str(message).split()))
         unknown = re.findall(r"(?<!Parser )(?:key|option) ['\"]([\w.]+)['\"]", text, re.IGNORECASE)
         for key in unknown if re.search("accept|expected", text) else ():
             text += "".join(f"; {key!r} stands in {where}" for where in _lines(key.split(".")[-1], sys.argv))
         self.exit(2, f"continuum: {text}\n")
+
+
+def parser_of(name: str) -> Parser:
+    """The parser of a subcommand that runs without Lightning."""
+    return Parser(prog=f"continuum {name}", description=COMMANDS[name])
+
+
+def chosen_device(parser: Parser, choice: str | None) -> torch.device:
+    """The device that `--device` names, by default a GPU where there is one; without the one it names, the command ends."""
+    device = torch.device(choice or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no CUDA device here: leave --device out, or give cpu")
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    """The device as a table's facts state it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
 def _lines(key: str, arguments: Iterable[str]) -> list[str]:

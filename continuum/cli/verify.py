@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from continuum.cli.parser import Parser
+from continuum.cli.parser import Parser, parser_of
 from continuum.models import Network
 from continuum.models.checkpoint import load
 from continuum.verify.accuracy import Order, Undone, scheme_orders, undo_errors
@@ -20,10 +20,7 @@ Checks = list[tuple[bool, str]]
 
 
 def verify_parser() -> Parser:
-    parser = Parser(
-        prog="continuum verify",
-        description="Certify that networks are the published discrete ones, to the bit, and that schemes have their orders.",
-    )
+    parser = parser_of("verify")
     parser.add_argument(
         "checkpoint",
         nargs="?",
@@ -72,7 +69,7 @@ def _certified(console: Console, networks: Mapping[str, Network]) -> Checks:
     rows: list[Sequence[str]] = []
     checks: Checks = []
     for name, network in track(networks.items(), "networks", transient=True):
-        found = certify(network, some_images(network))
+        found = certify(network, some_images(network).to(next(network.parameters())))
         equal = [_equal(same) for same in (found.training, found.evaluation, found.buffers)]
         rows.append(
             (name, found.solver or "none", f"{found.parameters:,}", *equal, f"{found.gradient:.1e}", _verdict(found.passed))

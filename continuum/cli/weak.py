@@ -10,17 +10,14 @@ from rich.table import Table
 
 from continuum.analysis.plots import draw_weak
 from continuum.analysis.weak import Gap, WeakReport, weak_report, write_csv, write_json
-from continuum.cli.compare import chosen_device, described_data, device_name
-from continuum.cli.parser import Parser
+from continuum.cli.inputs import images_of
+from continuum.cli.parser import Parser, chosen_device, device_name, parser_of
 from continuum.models.checkpoint import read, restore
 from continuum.training import ImageData
 
 
 def weak_parser() -> Parser:
-    parser = Parser(
-        prog="continuum weak",
-        description="Measure how far a network with noise is from its SDE: the noise of its layers, and weak errors.",
-    )
+    parser = parser_of("weak")
     parser.add_argument("checkpoint", help="a file of continuum.save, or a checkpoint of `continuum fit`")
     parser.add_subclass_arguments(
         ImageData, "data", required=False, help="the images to measure on (default: the test set of the training's data)"
@@ -43,11 +40,8 @@ def weak_command(arguments: list[str]) -> None:
     device = chosen_device(parser, options.device)
     if not network.stochastic:
         parser.error(f"{options.checkpoint} holds a network without noise: there is no SDE for it to be near to")
-    data = parser.instantiate_classes(options)["data"] or described_data(content, options.checkpoint)
-    data.prepare_data()
-    data.setup("test")
-    batches = list(data.test_batches(options.images))
-    images, labels = (torch.cat([batch[k] for batch in batches]).to(device) for k in (0, 1))
+    found = images_of(parser, options, content, network, options.images)
+    images, labels = (torch.cat([batch[k] for batch in found.batches]).to(device) for k in (0, 1))
     console = Console(width=None if sys.stdout.isatty() else 160)
     try:
         with console.status(f"{options.paths} paths of {len(images)} images"):
@@ -58,7 +52,7 @@ def weak_command(arguments: list[str]) -> None:
     console.print(_errors(report))
     facts = {
         "checkpoint": str(options.checkpoint),
-        "data": type(data).__name__,
+        "data": found.name,
         "images": len(images),
         "paths": options.paths,
         "steps_per_layer": options.steps,

@@ -31,8 +31,13 @@ def description(network: Network) -> dict[str, Any]:
 
     Raises:
         ValueError: the network was not built by a function decorated with `continuum.models.builder`.
-        TypeError: an argument that is neither plain data nor a solver with a textual form.
+        TypeError: no `Network`, or an argument that is neither plain data nor a solver with a textual form.
     """
+    if not isinstance(network, Network):
+        raise TypeError(
+            f"a file holds a Network, and how it is built, not a {type(network).__name__}: save its state_dict() with "
+            "torch.save, or put it into a Network by a function decorated with @continuum.models.builder"
+        )
     if network.blueprint is None:
         raise ValueError(
             "this network does not know its builder, so a file could not say how to build it again: put it together in a "
@@ -61,7 +66,11 @@ def _plain(name: str, value: object) -> object:
 def save(network: Network, path: str | os.PathLike[str]) -> None:
     """Write `network` to `path`: a file that `load` turns back into it, and that torch.load reads with weights_only.
 
-    A failure leaves an older file as it was.
+    A failure leaves an older file as it was. Weights keep their types.
+
+    Raises:
+        ValueError: the network was not built by a function decorated with `continuum.models.builder`.
+        TypeError: no `Network`, or an argument of its builder that is neither plain data nor a solver with a textual form.
     """
     content = {KEY: description(network), "state_dict": network.state_dict()}
     with whole_file(path) as temporary:
@@ -129,6 +138,10 @@ def restore(content: dict[str, Any], path: str | os.PathLike[str], builder: Call
         raise CheckpointError(f"{path} holds no weights: its entry 'state_dict' is a {type(weights).__name__}")
     # In a training checkpoint the network is one part of the trained module.
     part = {key.removeprefix("network."): value for key, value in weights.items() if key.startswith("network.")}
+    for tensor_name, tensor in network.state_dict(keep_vars=True).items():
+        stored = (part or weights).get(tensor_name)
+        if isinstance(stored, torch.Tensor) and stored.is_floating_point():
+            tensor.data = tensor.data.to(stored.dtype)  # the type that the network had, as load_state_dict does not
     try:
         network.load_state_dict(part or weights)
     except RuntimeError as error:

@@ -49,8 +49,20 @@ def doubling(channels: int, stages: int) -> list[int]:
 
 
 def grouped(outputs: int, groups: int, group_width: int) -> int:
-    """The channels inside a ResNeXt bottleneck: groups x group_width where it has 64 outside / 4, and in proportion."""
-    return groups * (outputs // 4 * group_width // 64)
+    """The channels inside a ResNeXt bottleneck: groups x group_width where it has 64 outside / 4, and in proportion.
+
+    Raises:
+        ValueError: no group, or groups without a channel.
+    """
+    channels = outputs // 4 * group_width // 64
+    if groups < 1:
+        raise ValueError(f"the number of groups (cardinality) is at least 1, not {groups}")
+    if channels < 1:
+        raise ValueError(
+            f"a group has group_width * width // 64 channels, at least 1: group_width={group_width} is too small for a width "
+            f"of {outputs // 4}"
+        )
+    return groups * channels
 
 
 def blocks_of(depth: int, layers: int) -> list[int]:

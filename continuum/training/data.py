@@ -129,7 +129,7 @@ class ImageData(pl.LightningDataModule, ABC):
     def _loader(self, images: LabelledImages | None, indices: Tensor, shuffle: bool) -> Loader:
         assert images is not None, "setup comes first"
         if getattr(self.trainer, "overfit_batches", 0):
-            raise ValueError("overfit_batches would replace the order of the batches: overfit with a small train_size instead")
+            raise DataError("overfit_batches would replace the order of the batches: overfit with a small train_size instead")
         sampler = KeyedBatches(indices, self.batch_size, self.seed, shuffle, self.trainer)
         workers = self.workers if isinstance(images, OnDisk) and isinstance(self, ImageFolder) else 0
         unused = torch.Generator()  # without one, every iterator draws a seed for its workers from the global generator

@@ -80,7 +80,7 @@ def resnext(
     Stages have 4 `width` channels, doubling, and cardinality x group_width inside (for width 64), doubling too.
 
     Raises:
-        ValueError: depth is not 9 n + 2.
+        ValueError: depth is not 9 n + 2, no group, or a `group_width` so small that groups have no channel.
     """
 
     def branch(inputs: int, outputs: int, stride: int) -> nn.Module:

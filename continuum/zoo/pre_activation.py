@@ -90,7 +90,7 @@ def lm_resnext(
     """LM-ResNeXt (arXiv 1710.10121): `lm_resnet` with ResNeXt's grouped bottlenecks in pre-activation form.
 
     Raises:
-        ValueError: depth is not 9 n + 2 with n >= 2.
+        ValueError: depth is not 9 n + 2 with n >= 2, no group, or a `group_width` so small that groups have no channel.
     """
 
     def branch(inputs: int, outputs: int, stride: int) -> nn.Module:

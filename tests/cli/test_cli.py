@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import continuum
-from continuum.cli import CommandLine, main
+from continuum.cli import main
 from continuum.cli.compare import compare_parser
-from continuum.cli.parser import Parser
+from continuum.cli.parser import COMMANDS, LIGHTNING, Parser
 from continuum.training import Classifier, ImageData
 
 
@@ -91,7 +91,7 @@ def test_fit_test_predict_compare(tmp_path: Path, capsys: pytest.CaptureFixture[
     out = capsys.readouterr().out
     assert "test/accuracy" in out
     run("predict", "--ckpt_path", checkpoint, "--trainer.accelerator", "cpu", "--trainer.logger", "false")
-    assert len(Path("predictions.csv").read_text().splitlines()) == 1 + 359
+    assert len(Path("runs/small/checkpoints/predictions.csv").read_text().splitlines()) == 1 + 359
 
     solvers = ["euler:h=0.5", "rk4:h=1", "dopri5:rtol=1e-4,atol=1e-4", "dopri5:max_evaluations=3"]
     capsys.readouterr()
@@ -128,7 +128,7 @@ def test_a_stochastic_network_is_fitted_sampled_and_compared(capsys: pytest.Capt
     checkpoint = "runs/small/checkpoints/last.ckpt"
     quiet = ("--trainer.accelerator", "cpu", "--trainer.logger", "false")
     run("predict", "--ckpt_path", checkpoint, "--samples", "3", *quiet)
-    with open("predictions.csv") as file:
+    with open("runs/small/checkpoints/predictions.csv") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 359
     assert sum(float(rows[0][f"p({c})"]) for c in range(10)) == pytest.approx(1, abs=1e-4)
@@ -244,7 +244,7 @@ def test_every_option_is_documented(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run("--help")
     top = capsys.readouterr().out
-    assert all(command in top for command in ("fit", "validate", "test", "predict", "compare", "lm_resnet"))
+    assert all(command in top for command in (*LIGHTNING, *COMMANDS, "lm_resnet"))
     parser = Parser()
     parser.add_class_arguments(Classifier, "model")
     for actions in (parser._actions, compare_parser()._actions):
@@ -255,4 +255,124 @@ def test_every_option_is_documented(capsys: pytest.CaptureFixture[str]) -> None:
         parser = Parser()
         parser.add_class_arguments(data, "data")
         assert all(action.help for action in parser._actions), data
-    assert issubclass(CommandLine, object)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["models"], ["nonsense"], []])
+def test_what_is_not_needed_is_not_imported(arguments: list[str]) -> None:
+    """Structure instead of time: these take half a second to three seconds each."""
+    heavy = ("pytorch_lightning", "torchmetrics", "torchvision", "matplotlib", "sklearn", "torch._dynamo")
+    code = f"""import sys
+from continuum.cli import main
+try:
+    main({arguments})
+except SystemExit as stop:
+    assert stop.code == {0 if arguments and arguments[0] != "nonsense" else 2}, stop.code
+assert not [name for name in {heavy} if name in sys.modules], [name for name in {heavy} if name in sys.modules]
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert not found.returncode, found.stderr
+    if found.stderr:
+        assert found.stderr.startswith("continuum: ")
+        assert len(found.stderr.splitlines()) == 1
+        assert all(name in found.stderr for name in (*LIGHTNING, *COMMANDS))
+
+
+QUIET = ("--trainer.accelerator", "cpu", "--trainer.logger", "false", "--trainer.enable_model_summary", "false")
+SHORT = ("fit", "--config", "config.yaml", *QUIET, "--trainer.max_steps", "1")
+
+
+@pytest.mark.parametrize(
+    ("flag", "written"),
+    [("enable_progress_bar", True), ("enable_checkpointing", False)],
+)
+def test_the_bar_and_the_checkpoints_can_be_turned_off(flag: str, written: bool) -> None:
+    Path("config.yaml").write_text(CONFIG)
+    run(*SHORT, f"--trainer.{flag}", "false")
+    assert Path("checkpoints/last.ckpt").is_file() == written
+
+
+def test_a_callback_that_is_given_takes_the_place_of_ours() -> None:
+    Path("config.yaml").write_text(CONFIG)
+    run(*SHORT, "--trainer.callbacks", "pytorch_lightning.callbacks.TQDMProgressBar")
+    run("predict", "--ckpt_path", "checkpoints/last.ckpt", *QUIET, "--trainer.callbacks", "WritePredictions",
+        "--trainer.callbacks.init_args.folder", "elsewhere")  # fmt: skip
+    assert [str(path) for path in Path().rglob("predictions.csv")] == ["elsewhere/predictions.csv"]
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+def test_a_checkpoint_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str) -> None:
+    assert f"no checkpoint at {tmp_path / 'nowhere.ckpt'}" in refused(capsys, command, "--ckpt_path", "nowhere.ckpt")
+    assert f"no checkpoint at {tmp_path}" in refused(capsys, command, f"--ckpt_path={tmp_path}")
+    if command != "fit":
+        assert "--ckpt_path FILE" in refused(capsys, command)
+        assert "--ckpt_path FILE" in refused(capsys, command, "--ckpt_path", "best")
+        continuum.save(continuum.zoo.preresnet(14, width=4), "network.pt")
+        assert "no checkpoint of `continuum fit`" in refused(capsys, command, "--ckpt_path", "network.pt")
+    else:
+        Path("some.ckpt").write_bytes(b"")
+        assert "--config" in refused(capsys, command, "--ckpt_path", "some.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--model.network", "continuum.zoo.preresnet"], ["1 channel", "in_channels=1"]),
+        (["--model.network.init_args.downsample", "true"], ["8 x 8", "10 x 10"]),
+        (["--model.network.init_args.num_classes", "7"], ["7 outputs", "num_classes=10"]),
+        (["--trainer.accelerator", "nonsense"], ["nonsense"]),
+        (["--trainer.strategy", "nonsense"], ["nonsense"]),
+        (["--trainer.devices", "0"], ["0"]),
+        (["--data.init_args.batch_size", "0"], ["continuum: batch_size is at least 1, not 0"]),
+        (["--data", "Nonsense"], ["Nonsense"]),
+        (["--trainer.overfit_batches", "1"], ["train_size"]),
+    ],
+)
+def test_what_does_not_fit_is_one_line(capsys: pytest.CaptureFixture[str], options: list[str], words: list[str]) -> None:
+    Path("config.yaml").write_text(CONFIG.replace("solver: bosh3:rtol=1e-2,atol=1e-2", "num_classes: 10"))
+    message = refused(capsys, *SHORT, *options)
+    assert all(word in message for word in words)
+    assert not Path("checkpoints").exists()
+
+
+def test_the_help_of_a_network_lists_its_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--model.network.help", "continuum.zoo.odenet"], ["--model.network.help=odenet"]):
+        with pytest.raises(SystemExit) as stop:
+            run("fit", *arguments)
+        assert not stop.value.code
+        out = capsys.readouterr().out
+        assert "The ODE-Net for images" in out
+        assert all(f"--model.network.init_args.{name}" in out for name in ("stages", "width", "downsample", "solver"))
+    assert "resnet, " in refused(capsys, "fit", "--model.network.help", "continuum.odnet")
+    assert "resnet, " in refused(capsys, "fit", "--model.network.help")
+
+
+def test_the_solver_of_training_has_one_row(capsys: pytest.CaptureFixture[str]) -> None:
+    network = continuum.zoo.preresnet(14, width=4, in_channels=1)  # euler:h=1, which is among the default solvers
+    continuum.save(network, "network.pt")
+    options = ("network.pt", "--data", "Digits", "--images", "4", "--device", "cpu", "--out", "out")
+    run("compare", *options)
+    content = json.loads(Path("out/compare.json").read_text())
+    names = [row["solver"] for row in content["rows"]]
+    assert len(names) == len(set(names)) == 8
+    run("compare", *options, "--solver", "euler:h=1", "--solver", "rk4", "--solver", "rk4:h=1")
+    assert [row["solver"] for row in json.loads(Path("out/compare.json").read_text())["rows"]] == ["euler:h=1", "rk4:h=1"]
+
+
+def test_a_network_keeps_its_precision_on_every_way(capsys: pytest.CaptureFixture[str]) -> None:
+    continuum.save(continuum.zoo.preresnet(14, width=4, in_channels=1).double(), "network.pt")
+    run("verify", "network.pt")
+    assert "all 4 checks passed" in capsys.readouterr().out
+    run("compare", "network.pt", "--data", "Digits", "--images", "4", "--device", "cpu", "--out", "out", "--solver", "rk4")
+    assert len(json.loads(Path("out/compare.json").read_text())["rows"]) == 2
+
+
+def test_a_network_without_a_flow_is_tested_and_not_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    continuum.save(continuum.zoo.fractalnet(2, widths=(4, 4), dropout=(0, 0), in_channels=1), "network.pt")
+    assert "no solver" in refused(capsys, "compare", "network.pt", "--data", "Digits")
+    Path("config.yaml").write_text(
+        CONFIG.replace("continuum.zoo.odenet", "continuum.zoo.fractalnet").partition("      width")[0]
+        + "      columns: 2\n      widths: [4, 4]\n      dropout: [0, 0]\n      in_channels: 1\n"
+    )
+    run(*SHORT)
+    run("test", "--ckpt_path", "checkpoints/last.ckpt", *QUIET)
+    assert "noise" in refused(capsys, "predict", "--ckpt_path", "checkpoints/last.ckpt", *QUIET, "--samples", "2")

@@ -57,6 +57,22 @@ def test_a_network_comes_back_from_its_file(name, path):
     assert_same(network, load(str(path)), x)
 
 
+@pytest.mark.parametrize("make", [lambda: preresnet(14, width=4), lambda: lm_resnet(14, width=4).refine(2), lambda: mlp()])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_weights_keep_their_type(path, make, dtype):
+    network = make()
+    for tensor in network.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point():
+            tensor.data = torch.rand_like(tensor.data, dtype=torch.float64)
+    network.to(dtype)
+    network.head.float()  # parts may differ
+    save(network, path)
+    loaded = load(path)
+    found, expected = loaded.state_dict(), network.state_dict()
+    assert all(found[name].dtype == tensor.dtype and torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+
+
 def test_flows_keep_solvers_of_their_own(path):
     torch.manual_seed(0)
     network, x = odenet(3, width=4, in_channels=3), torch.randn(2, 3, 16, 16)
@@ -268,6 +284,9 @@ def test_a_network_of_ones_own_needs_its_builder(path):
 
 
 def test_networks_that_a_file_cannot_describe(path):
+    for other in (Flow(MLP(3, 4), "euler", depth=1), nn.Linear(2, 2), mlp().state_dict(), None):
+        with pytest.raises(TypeError, match=f"holds a Network, .* not a {type(other).__name__}"):
+            save(other, path)
     with pytest.raises(ValueError, match="builder"):
         save(Network(Augment(1), [Flow(MLP(3, 4), "euler", depth=1)], nn.Linear(3, 2)), path)
     with pytest.raises(TypeError, match="argument field is a MLP"):

@@ -16,7 +16,7 @@ import continuum
 import continuum.verify.plain
 from continuum import Network
 from continuum.cli import main
-from continuum.cli.models import CONFIGURATIONS, build, documented, size_of, statistics_of
+from continuum.cli.models import CONFIGURATIONS, build, documented, size_of, size_of_class, statistics_of
 from continuum.schemes import SCHEMES as KNOWN
 from continuum.schemes import ReversibleScheme
 from continuum.verify.accuracy import REVERSIBLE, SCHEMES, Order, Undone, scheme_orders, undo_errors
@@ -325,6 +325,12 @@ def test_counts_that_leave_out_or_include_norms() -> None:
     network = built("FractalNet", 10)
     assert size_of(network) == 33_734_922
     assert f"{(size_of(network) + statistics_of(network)) / 1e6:.2f}" == "33.76"
+
+
+@pytest.mark.parametrize("name", ["ResNet-20", "LM-ResNet-20", "FractalNet", "ContinuousNet 2-2-2", "Leapfrog-26"])
+def test_a_class_adds_one_row(name: str) -> None:
+    few, many = built(name, 10), built(name, 100)
+    assert size_of(many) == size_of(few) + 90 * size_of_class(few)
 
 
 TORCHVISION = {

@@ -1,0 +1,58 @@
+"""What several subcommands measure on: the images of a checkpoint's training or of `--data`."""
+
+from typing import Any, NamedTuple
+
+import jsonargparse
+import torch
+from torch import Tensor
+
+import continuum.training
+from continuum.cli.parser import Parser
+from continuum.models import Network
+from continuum.models.checkpoint import KEY, CheckpointError
+from continuum.training import ImageData
+from continuum.training.fitting import check_fit
+
+
+class Images(NamedTuple):
+    """The name of a data set, and its test images in batches (images, labels)."""
+
+    name: str
+    batch_size: int
+    batches: list[tuple[Tensor, Tensor]]
+
+
+def images_of(
+    parser: Parser,
+    options: jsonargparse.Namespace,
+    content: dict[str, Any],
+    network: Network,
+    limit: int | None,
+    batch_size: int | None = None,
+) -> Images:
+    """The test images of `--data`, or of the data that the checkpoint's `content` names; in the type of the weights.
+
+    Images that cannot be used, or that the network does not take, end the command.
+    """
+    try:
+        data = parser.instantiate_classes(options)["data"] or described_data(content, options.checkpoint)
+        data.batch_size = batch_size or data.batch_size
+        data.prepare_data()
+        data.setup("test")
+        check_fit(network, data)
+        weight = next(network.parameters(), torch.empty(0))
+        batches = [(images.to(weight), labels) for images, labels in data.test_batches(limit)]
+    except (TypeError, ValueError) as error:  # data that cannot be built, cannot be used, or do not fit
+        parser.error(str(error))
+    return Images(type(data).__name__, data.batch_size, batches)
+
+
+def described_data(content: dict[str, Any], path: str) -> ImageData:
+    """The data that the checkpoint at `path` was trained on."""
+    stated = content[KEY].get("data")
+    if stated is None:
+        raise CheckpointError(f"{path} does not say which data it was trained on: name them, for example --data Digits")
+    try:
+        return getattr(continuum.training, stated["class"])(**stated["arguments"])
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} names data that cannot be built ({error}): give --data") from None

@@ -1,0 +1,227 @@
+"""Fit, validate, test and predict: Lightning's command line over `Classifier` and the data modules."""
+
+import inspect
+import json
+import sys
+import warnings
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse.typing import lazy_instance
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ProgressBar, RichProgressBar
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from pytorch_lightning.trainer.states import TrainerFn
+
+from continuum.cli.parser import LIGHTNING, Parser
+from continuum.models.checkpoint import KEY, CheckpointError, read
+from continuum.training import Classifier, Digits, ImageData, LogCost, WritePredictions
+from continuum.training.images import DataError
+from continuum.zoo import BUILDERS
+
+ZOO = "continuum"
+"""Where a config looks up the builders of the zoo."""
+
+LATEST = ("last", "best", "hpc")
+"""What Lightning takes for a checkpoint that it is to find itself."""
+
+
+class SaveConfig(SaveConfigCallback):
+    """Saves the resolved config beside the checkpoints; a resumed run finds its own and replaces it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "overwrite": True})
+
+
+class CompileNetwork(Callback):
+    """Compiles the network of a `Classifier`, after a checkpoint is loaded, which may replace it by its refined one."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Classifier)
+        pl_module.network.compile()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:  # not within a fit
+            self.on_fit_start(trainer, pl_module)
+
+    on_test_start = on_predict_start = on_fit_start
+
+
+class LightningParser(Parser, LightningArgumentParser):
+    """Lightning's parser with our errors."""
+
+
+class CommandLine(LightningCLI):
+    """Lightning's command line over `Classifier` and the data modules; one seed for weights, batches and augmentation."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--compile",
+            type=bool,
+            default=False,
+            help="compile the network with torch.compile: minutes for the first batches, less time for each of the others",
+        )
+        # Safe as a default although jsonargparse carries arguments over to another class: all data modules share them.
+        parser.set_defaults({"data": lazy_instance(Digits)})
+        parser.set_defaults({"model.schedule": {"class_path": "continuum.training.OneCycle"}})
+        parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except (TypeError, ValueError, MisconfigurationException) as error:  # arguments that a class refuses
+            self.parser.error(str(error))
+        if self.subcommand == "predict" and self.model.samples and not self.model.network.stochastic:
+            self.parser.error("--samples are draws of the noise of a network, and no field of this one is a StochasticField")
+        if self._get(self.config, "compile"):
+            self.trainer.callbacks.insert(0, CompileNetwork())  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        given = config.get("callbacks") or []
+        given = given if isinstance(given, list) else [given]
+        return super()._instantiate_trainer(config, [*callbacks, *_ours(config, given)])
+
+
+def _ours(flags: Mapping[str, Any], given: Sequence[Callback]) -> list[Callback]:
+    """Our callbacks, but for those that the trainer's flags turn off, and those of a kind that is given."""
+    ours: list[Callback] = []
+    if flags.get("enable_checkpointing") is not False and not flags.get("barebones"):
+        # Two, because one that monitors writes its `last` only when it has found a better one.
+        shared: Any = {"enable_version_counter": False, "save_on_train_epoch_end": True}
+        ours += [ModelCheckpoint(filename="last", **shared)]
+        ours += [ModelCheckpoint(filename="best", monitor="val/accuracy", mode="max", **shared)]
+    if flags.get("enable_progress_bar") is not False and not flags.get("barebones") and not _any(ProgressBar, given):
+        ours += [RichProgressBar()]
+    return ours + [kind() for kind in (LogCost, WritePredictions) if not _any(kind, given)]
+
+
+def _any(kind: type[Callback], callbacks: Sequence[Callback]) -> bool:
+    return any(isinstance(callback, kind) for callback in callbacks)
+
+
+def training_command(arguments: list[str]) -> None:
+    """`continuum fit`, `validate`, `test` or `predict`, the first of `arguments`."""
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning against a newer torch
+    _describe_network(arguments)
+    sys.argv[1:] = _with_network(arguments)  # where Lightning wants them
+    try:
+        CommandLine(
+            Classifier,
+            ImageData,
+            subclass_mode_data=True,
+            save_config_callback=SaveConfig,
+            seed_everything_default=0,
+            parser_class=LightningParser,
+            parser_kwargs={name: {"description": description} for name, description in LIGHTNING.items()},
+            auto_configure_optimizers=False,
+            trainer_defaults={"max_epochs": 20},
+        )
+    except (DataError, MisconfigurationException) as error:
+        print(f"continuum: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _describe_network(arguments: list[str]) -> None:
+    """List the arguments of a network, which is a function, for `--model.network.help NAME`: Lightning knows classes only."""
+    option = "--model.network.help"
+    if not any(argument.partition("=")[0] == option for argument in arguments):
+        return
+    name = (_value(arguments, option) or "").rpartition(".")[2]
+    parser = Parser(prog=f"continuum {arguments[0]} --model.network {ZOO}.{name}", formatter_class=RawDescriptionHelpFormatter)
+    if name not in BUILDERS:
+        parser.error(f"{option} takes the name of a network, one of {', '.join(BUILDERS)}, not {name!r}")
+    parser.description = inspect.getdoc(BUILDERS[name])
+    parser.add_function_arguments(BUILDERS[name], "model.network.init_args")
+    parser.print_help()
+    parser.exit()
+
+
+def _with_network(arguments: list[str]) -> list[str]:
+    """The arguments with the network they leave open: a small ODE-Net to fit, or what the checkpoint to evaluate describes.
+
+    Not a default of the parser, because jsonargparse would carry its arguments over to whatever network is chosen instead.
+
+    Raises:
+        FileNotFoundError: a checkpoint that is not there.
+    """
+    arguments = _samples(arguments)
+    if {"--help", "-h"} & set(arguments):
+        return arguments
+    path = _value(arguments, "--ckpt_path")
+    found = path in LATEST or (path is not None and "://" in path)
+    if path is not None and not found and not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint at {Path(path).resolve()}")
+    if any(a.split("=")[0].startswith(("-c", "--config", "--model.network", "--print_")) for a in arguments):
+        return arguments
+    if arguments[0] == "fit" and path is None:
+        return _insert(arguments, _small(own_data=any(a.startswith("--data") for a in arguments)))
+    if arguments[0] == "fit":
+        raise CheckpointError("a run goes on with the settings it began with: give --config, the config.yaml that it wrote")
+    if path is None or found:
+        raise CheckpointError(f"which network to {arguments[0]} is not said: give --ckpt_path FILE, or --model.network NAME")
+    return _insert(arguments, _described(path, own_data=_value(arguments, "--data") is not None))
+
+
+def _small(own_data: bool) -> dict[str, Any]:
+    """The network of `continuum fit` alone, by the recipe of experiments/digits.yaml."""
+    network = {"width": 16, "downsample": False, "solver": "dopri5:rtol=1e-2,atol=1e-2"}
+    chosen = {
+        "model.network": _class(f"{ZOO}.odenet", network),
+        "model.learning_rate": 0.1,
+        "model.schedule": _class("continuum.training.OneCycle", {"warmup": 0.1}),
+    }
+    return chosen if own_data else chosen | {"data": _class("continuum.training.Digits", {"batch_size": 16})}
+
+
+def _described(path: str, own_data: bool) -> dict[str, Any]:
+    """The network of the checkpoint at `path`, and its data where they are told.
+
+    Raises:
+        CheckpointError: no checkpoint of a training, or one of a network that the zoo does not have.
+    """
+    content = read(path)
+    description = content[KEY]
+    if "pytorch-lightning_version" not in content:
+        raise CheckpointError(f"{path} is no checkpoint of `continuum fit`, but a network alone: see `continuum compare`")
+    if description["builder"] not in BUILDERS:
+        raise CheckpointError(
+            f"{path} was built by {description['builder']!r}, which is not in the zoo: say where it is, as --model.network "
+            f"MODULE.{description['builder']}"
+        )
+    network = dict(description["arguments"])
+    if description["solvers"] and ["drift"] not in description["changes"]:  # whose network is the stochastic one
+        network["solver"] = description["solvers"][0]
+    found: dict[str, Any] = {"model.network": _class(f"{ZOO}.{description['builder']}", network)}
+    if "data" in description and not own_data:
+        data = dict(description["data"]["arguments"])
+        found["seed_everything"] = data.pop("seed", 0)
+        found["data"] = _class(f"continuum.training.{description['data']['class']}", data)
+    return found
+
+
+def _samples(arguments: list[str]) -> list[str]:
+    """`predict --samples n` as the argument of `Classifier` that it is."""
+    if arguments[:1] != ["predict"]:
+        return arguments
+    return [f"--model.{a[2:]}" if a.partition("=")[0] == "--samples" else a for a in arguments]
+
+
+def _class(path: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    return {"class_path": path, "init_args": arguments}
+
+
+def _insert(arguments: list[str], options: dict[str, Any]) -> list[str]:
+    """The options before all others, so that what a user wrote overrides them."""
+    return [arguments[0], *(f"--{name}={json.dumps(value)}" for name, value in options.items()), *arguments[1:]]
+
+
+def _value(arguments: list[str], option: str) -> str | None:
+    """The value given to `option`, as `--option value` or `--option=value`."""
+    for index, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name == option:
+            return value if equals else (arguments[index + 1 : index + 2] or [None])[0]
+    return None
