@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from continuum.augmented import Integrand, augmented
 from continuum.fields import Field
-from continuum.fields.base import as_field, checked
+from continuum.fields.base import as_field, checked, in_mode_of
 from continuum.noise.base import has_noise, without_noise
 from continuum.schemes import TwoStepMidpoint
 from continuum.schemes.base import inside
@@ -288,19 +288,22 @@ class Flow(nn.Module):
         """
         self.solver.check(self.field)
         try:
-            flow = Flow(augmented(self.field, integrand), self.solver, self.end)
+            flow = self._like(augmented(self.field, integrand), self.solver)
             self.solver.check(Packed(flow.field, ()))
         except TypeError as error:
             raise TypeError(f"{self.solver} cannot carry an integral beside the state. {OTHERS}") from error
-        flow.refined, flow.training = self.refined, self.training
         return flow
 
     def with_solver(self, solver: Solver | str) -> "Flow":
         """A flow of the same field, sharing its weights, under another solver."""
-        flow = Flow(self.field, solver, self.end)
-        flow.refined = self.refined
-        flow.training = self.training  # not train(), which would set the shared field's modes too
-        return flow
+        return self._like(self.field, solver)
+
+    def _like(self, field: Field, solver: Solver | str) -> "Flow":
+        """The flow of another field or solver, with the depth and the mode of this one."""
+        # A regulariser may have moved the end for a while, to where the field is not made for.
+        flow = Flow(field, solver, self.end if field.extent is None or isinstance(self.end, Tensor) else field.extent)
+        flow.end, flow.refined = self.end, self.refined
+        return in_mode_of(self, flow)
 
     def drift(self) -> "Flow":
         """The flow of the drift, the field without its noise: deterministic, with the same weights, and open to every solver.
@@ -312,9 +315,7 @@ class Flow(nn.Module):
         >>> str(Flow(StochasticDepth(MLP(2, hidden=16), 0.5), "euler_maruyama:h=0.5", depth=1).drift().solver)
         'euler:h=0.5'
         """
-        flow = Flow(without_noise(self.field), self.solver.without_noise(), self.end)
-        flow.refined, flow.training = self.refined, self.training
-        return flow
+        return self._like(without_noise(self.field), self.solver.without_noise())
 
     @torch.no_grad()
     def frozen(self, x: StateOrStates) -> "Flow":
@@ -335,8 +336,8 @@ class Flow(nn.Module):
             self._solve(x, (0.0, self.depth), (0.0, self.depth))
         grid = cast(Cost, self.cost).grid
         flow = Flow(self.field, self.solver.frozen(grid), grid[-1])
-        flow.refined, flow.training = self.refined, self.training
-        return flow
+        flow.refined = self.refined
+        return in_mode_of(self, flow)
 
     def refine(self, k: int) -> "Flow":
         """The flow with k steps in the place of one, for training to go on at a finer level (arXiv 1710.10348).
@@ -362,8 +363,7 @@ class Flow(nn.Module):
         else:
             flow = Flow(copy.deepcopy(self.field), solver, _copied(self.end, 1))
             flow.refined = self.refined
-        flow.training = self.training
-        return flow
+        return in_mode_of(self, flow)
 
     def extra_repr(self) -> str:
         return f"solver={self.solver}, depth={self.depth:g}"

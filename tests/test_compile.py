@@ -29,7 +29,7 @@ from continuum import (
 from continuum.bases import Hat
 from continuum.cli import main
 from continuum.schemes import AdamsBashforth, Coupling, LinearTwoStep
-from continuum.solvers.arithmetic import _fused, combine, fused_sum, plain_sum
+from continuum.solvers.arithmetic import FusedSums, Sums, _fused
 
 
 @pytest.fixture
@@ -267,7 +267,11 @@ def test_fused_sums_are_the_sums(graphs):
     weights[1] = 0.0
     _fused.cache_clear()
     for terms in range(3, 14):
-        found, expected = (combine(total, x, 0.3, weights[:terms], slopes) for total in (fused_sum, plain_sum))
+        both = [kind(x, 0.3, [weights[:terms]]) for kind in (FusedSums, Sums)]
+        for sums in both:
+            for slope in slopes:
+                sums.add(slope)
+        found, expected = (sums.total(0) for sums in both)
         torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
     assert graphs.frame_count == 2, "sums of up to seven terms, and of up to fourteen"
     _fused.cache_clear()

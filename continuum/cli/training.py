@@ -22,7 +22,7 @@ from continuum.training import Classifier, Digits, ImageData, LogCost, WritePred
 from continuum.training.images import DataError
 from continuum.zoo import BUILDERS
 
-ZOO = "continuum"
+ZOO = "continuum.zoo"
 """Where a config looks up the builders of the zoo."""
 
 LATEST = ("last", "best", "hpc")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from continuum.types import State, StateOrStates, Time
 
-F = TypeVar("F", bound="Field")
+M = TypeVar("M", bound=nn.Module)
 
 
 class Field(nn.Module, ABC):
@@ -86,9 +86,9 @@ class Field(nn.Module, ABC):
         return self, None
 
 
-def in_mode_of(field: Field, other: F) -> F:
-    """`other` in the mode of `field`; not by train(), which would set the modes of the parts that both share."""
-    other.training = field.training
+def in_mode_of(module: nn.Module, other: M) -> M:
+    """`other` in the mode of `module`; not by train(), which would set the modes of the parts that both share."""
+    other.training = module.training
     return other
 
 

@@ -16,25 +16,47 @@ from continuum.fields import Field
 from continuum.solvers.packed import Packed
 from continuum.types import State
 
-Sum = Callable[[State, Sequence[float], Sequence[State]], State]
-"""x + sum_i w_i k_i, differentiable; there is at least one term."""
+
+class Sums:
+    """The sums x + h sum_i w_ji k_i of a step, one for each row j of weights.
+
+    A term is added as soon as its slope is known. The backward pass goes the other way: it makes the gradient of a slope when
+    it is needed, and does not hold those of all slopes at once. `slopes` holds all of them, or the last one alone.
+    """
+
+    def __init__(self, x: State, h: float, rows: Sequence[Sequence[float]], keep: bool = True) -> None:
+        self.x, self.h, self.rows, self.keep = x, h, rows, keep
+        self.totals = [x] * len(rows)
+        self.slopes: list[State] = []
+        self.count = 0
+
+    def add(self, slope: State) -> None:
+        """The next slope, k_i."""
+        i, self.count = self.count, self.count + 1
+        if not self.keep:
+            self.slopes.clear()
+        self.slopes.append(slope)
+        for j, row in enumerate(self.rows):
+            if i < len(row) and row[i]:
+                self.totals[j] = self._added(self.totals[j], slope, self.h * row[i])
+
+    def _added(self, total: State, slope: State, weight: float) -> State:
+        # Under torch.func's transforms one tensor may be batched and another not.
+        if total is self.x or torch._C._are_functorch_transforms_active():
+            return torch.add(total, slope, alpha=weight)
+        return total.add_(slope, alpha=weight)
+
+    def total(self, j: int) -> State:
+        """The sum of row j, whose slopes have all been added."""
+        return self.totals[j]
 
 
-def combine(total: Sum, x: State, h: float, weights: Sequence[float], slopes: Sequence[State]) -> State:
+def combined(x: State, h: float, weights: Sequence[float], slopes: Sequence[State]) -> State:
     """x + h sum_i w_i k_i; a weight of zero costs nothing."""
-    terms = [(h * w, k) for w, k in zip(weights, slopes, strict=False) if w]
-    return total(x, [w for w, _ in terms], [k for _, k in terms]) if terms else x
-
-
-def plain_sum(x: State, weights: Sequence[float], slopes: Sequence[State]) -> State:
-    total = torch.add(x, slopes[0], alpha=weights[0])
-    if torch._C._are_functorch_transforms_active():  # where one tensor may be batched and another not
-        for weight, slope in zip(weights[1:], slopes[1:], strict=True):
-            total = torch.add(total, slope, alpha=weight)
-        return total
-    for weight, slope in zip(weights[1:], slopes[1:], strict=True):
-        total.add_(slope, alpha=weight)
-    return total
+    sums = Sums(x, h, [weights])
+    for slope in slopes:
+        sums.add(slope)
+    return sums.total(0)
 
 
 def scaled_error(
@@ -63,11 +85,18 @@ def _fused() -> Callable[..., Tensor]:
     return torch.compile(_fused_total, dynamic=True)
 
 
-def fused_sum(x: State, weights: Sequence[float], slopes: Sequence[State]) -> State:
-    """The sum by one kernel."""
-    if torch._C._are_functorch_transforms_active():
-        return plain_sum(x, weights, slopes)
-    return _Fused.apply(weights, x, *slopes)  # pyright: ignore[reportReturnType]
+class FusedSums(Sums):
+    """The same sums, each by one kernel when it is asked for."""
+
+    def add(self, slope: State) -> None:
+        self.slopes.append(slope)
+
+    def total(self, j: int) -> State:
+        terms = [(self.h * w, k) for w, k in zip(self.rows[j], self.slopes, strict=False) if w]
+        if not terms:
+            return self.x
+        weights, slopes = zip(*terms, strict=True)
+        return _Fused.apply(weights, self.x, *slopes)  # pyright: ignore[reportReturnType]
 
 
 class _Fused(torch.autograd.Function):
@@ -94,10 +123,10 @@ FILL = 7
 """Sums are filled up to a multiple of so many terms: those of dopri5."""
 
 
-def sum_for(field: Field, device: torch.device) -> Sum:
+def sums_for(field: Field, device: torch.device) -> type[Sums]:
     """Fused sums where the field was compiled in place, but not on a CPU."""
     compiled = device.type != "cpu" and any(part._compiled_call_impl is not None for part in _parts(field))
-    return fused_sum if compiled else plain_sum
+    return FusedSums if compiled and not torch._C._are_functorch_transforms_active() else Sums
 
 
 def compile_field(field: Field) -> None:

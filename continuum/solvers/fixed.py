@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from continuum.fields import Field
 from continuum.schemes import Memory, Milstein, ReversibleScheme, Scheme, StochasticScheme
 from continuum.schemes.base import inside
-from continuum.solvers.arithmetic import combine, plain_sum
+from continuum.solvers.arithmetic import combined
 from continuum.solvers.base import (
     Cost,
     Solution,
@@ -224,7 +224,7 @@ class FixedStep(Solver):
         for n, s in between:
             h = steps[n][1]
             weights = (s * s * (3 - 2 * s), h * s * (1 - s) ** 2, h * s * s * (s - 1))
-            read.append(combine(plain_sum, states[n], 1.0, weights, (states[n + 1] - states[n], slope(n, 0), slope(n, 1))))
+            read.append(combined(states[n], 1.0, weights, (states[n + 1] - states[n], slope(n, 0), slope(n, 1))))
         return read, len(slopes)
 
     def _solve(self, field: Field, x: State, memory: Memory, steps: Sequence[Step]) -> tuple[State, Memory]:
@@ -245,13 +245,18 @@ class FixedStep(Solver):
     def _take_twice(self, field: Field, x: State, memory: Memory, steps: Sequence[Step]) -> tuple[State, Memory]:
         """The steps, of whose graph the inputs alone are stored; the backward pass takes them again."""
 
-        def take(x: State, *memory: Any):
-            return self._take(field, x, memory, steps)
-
         if torch.compiler.is_compiling():  # a graph moves running statistics once, whatever it recomputes
-            return checkpoint(take, x, *memory, use_reentrant=False)
+            return checkpoint(lambda x, *memory: self._take(field, x, memory, steps), x, *memory, use_reentrant=False)
         layers = [field.at(inside(field.knots, t, h, c, x.dtype)) for t, h in steps for c in (0, 1)]
-        return Recomputation(layers)(take, x, *memory)
+        recompute = Recomputation(layers)
+
+        def take(x: State, *memory: Any) -> tuple[State, Memory]:
+            for step in steps:
+                x, memory = self._take(field, x, memory, [step])
+                recompute.forget()
+            return x, memory
+
+        return recompute(take, x, *memory)
 
 
 def check_every(every: int, gradient: str) -> None:

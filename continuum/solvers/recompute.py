@@ -73,6 +73,7 @@ class Recomputation:
         # Batch statistics move without telling torch: whatever trains gets copies to write to.
         training = {id(part._buffers) for module in modules for part in module.modules() if part.training}
         self.in_training = [i for i, slot in enumerate(self.buffers) if id(slot.holder) in training]
+        self.frame: _Frame | None = None
         self.known_to_move: Sequence[int] = ()
         self.moving: Sequence[int] = range(len(self.buffers))  # those that evaluations may write to, as far as known
 
@@ -103,13 +104,18 @@ class Recomputation:
                 tensors = iter(stored.grad_fn.saved_tensors)  # pyright: ignore[reportFunctionMemberAccess]
                 run(*(next(tensors) if value is _Stored else value for value in others))
 
-        frame = _Frame(again)
+        self.frame = frame = _Frame(again)
         result = frame.first(run, inputs)
         moved = [i for i, (b, v) in enumerate(were) if self.buffers[i].tensor is not b or b._version != v]
         # One that did not move before has no copy from before; that of batch statistics, as a rule, is not read.
         copies = {i: copies[i] if i in copies else self.buffers[i].tensor.clone() for i in moved}
         self.moving = self.known_to_move = sorted({*moved, *self.known_to_move})
         return result
+
+    def forget(self) -> None:
+        """Drop what the run in progress has saved, because no more is differentiated inside of it."""
+        if self.frame is not None and self.frame.running:
+            self.frame.saved.clear()
 
 
 class _Stored(torch.autograd.Function):
@@ -131,31 +137,29 @@ class _Frame:
     def __init__(self, again: Callable[[], None]) -> None:
         self.again = again
         self.running = True
-        self.saved: list[Tensor | None] = []
+        self.saved: dict[int, Tensor] = {}
         self.count = 0
 
     def first(self, run: Callable[..., Result], states: Sequence[State]) -> Result:
         with torch.autograd.graph.saved_tensors_hooks(self._keep, self._look_up):
             result = run(*states)
-        self.running, self.count, self.saved = False, len(self.saved), []
+        self.running, self.saved = False, {}
         return result
 
     def _keep(self, tensor: Tensor) -> int:
-        self.saved.append(tensor)
-        return len(self.saved) - 1
+        self.saved[self.count] = tensor
+        self.count += 1
+        return self.count - 1
 
     def _look_up(self, index: int) -> Tensor:
-        tensor = self.saved[index] if index < len(self.saved) else None
-        if tensor is None:
+        if self.running:
+            return self.saved[index]
+        if index not in self.saved:
             self._make_again()
-            tensor = self.saved[index]
-        assert tensor is not None
-        if not self.running:
-            self.saved[index] = None  # autograd asks once a backward pass
-        return tensor
+        return self.saved.pop(index)  # autograd asks once a backward pass
 
     def _make_again(self) -> None:
-        made: list[Tensor | None] = []
+        made: list[Tensor] = []
 
         def keep(tensor: Tensor) -> Tensor:
             made.append(tensor.detach())
@@ -170,7 +174,7 @@ class _Frame:
                 f"the steps were taken again on the way back and saved {len(made)} tensors, not {self.count}: the field "
                 "computes something else the second time, and gradient='checkpoint' cannot know what. Take gradient='direct'"
             )
-        self.saved = made
+        self.saved = dict(enumerate(made))
 
 
 class _DoneError(Exception):

@@ -17,7 +17,7 @@ from torch import Tensor
 from continuum.fields import Field
 from continuum.fields.base import checked
 from continuum.schemes.base import inside
-from continuum.solvers.arithmetic import combine, scaled_error, sum_for
+from continuum.solvers.arithmetic import combined, scaled_error, sums_for
 from continuum.solvers.base import Cost, SolveError, advice, cut_at_knots, rows_not_finite
 from continuum.solvers.control import StepControl, any_rank
 from continuum.solvers.packed import components
@@ -73,8 +73,10 @@ class Stepper:
         self.tried: list[float] = []
         self.evaluations = 0
         self.watched = 0
+        self.recompute: Recomputation | None = None
         self.under_way = True  # afterwards, evaluations repeat those of an attempt and are not counted
-        self.stages = list(zip(pair.c[1:], pair.a[1:], strict=True))
+        self.stages = pair.c[1:]
+        self.rows = pair.a[1:] if pair.reuses_last else (*pair.a[1:], pair.b)
 
     def cost(self) -> Cost:
         accepted = len(self.ratios)
@@ -82,7 +84,7 @@ class Stepper:
 
     def run(self, x: State) -> list[State]:
         """The states at all times behind the first."""
-        self.total = sum_for(self.field, x.device)
+        self.sums = sums_for(self.field, x.device)
         found: dict[float, State] = {}
         for start, stop in pairwise(cut_at_knots(self.field.knots, self.times[0], self.times[-1])):
             x = found[stop] = self._piece(x, start, stop, found)
@@ -99,7 +101,7 @@ class Stepper:
             inside(self.field.knots, start, stop - start, 1, x.dtype),
         )
         piece = self.field.at(bounds[0])
-        recompute = Recomputation([piece]) if self.every else None
+        recompute = self.recompute = Recomputation([piece]) if self.every else None
         self.watched = 0
 
         def slope_at_start(x: State) -> State:
@@ -143,21 +145,22 @@ class Stepper:
         def depth(c: float) -> float:
             return min(max(end if c == 1 else t + c * (end - t), low), high)
 
-        depths, inner = [depth(c) for c, _ in self.stages], [depth(c) for c, _ in self.inner or ()]
+        depths, inner = [depth(c) for c in self.stages], [depth(c) for c, _ in self.inner or ()]
         shares = self._shares(t, end, span.wanted)
         final = span.last and hits and not shares
         return Attempt(span.piece, t, self.way * size, end, depths, depth(1), inner, shares, final), h
 
-    def stages_of(self, attempt: Attempt, x: State, slope: State) -> tuple[State, list[State]]:
-        """The new state, and the slopes of all stages."""
-        slopes, end, h = [slope], x, attempt.h
-        for depth, (_, row) in zip(attempt.depths, self.stages, strict=True):
-            end = combine(self.total, x, h, row, slopes)
-            unused = attempt.final and self.pair.reuses_last and len(slopes) == len(self.stages)
-            slopes.append((self._number if unused else self._slope)(attempt.piece, depth, end))
+    def stages_of(self, attempt: Attempt, x: State, slope: State, keep: bool) -> tuple[State, list[State]]:
+        """The new state, and the slopes of all stages, or the last one alone."""
+        sums, end, last = self.sums(x, attempt.h, self.rows, keep), x, len(self.stages) - 1
+        sums.add(slope)
+        for stage, depth in enumerate(attempt.depths):
+            end = sums.total(stage)
+            unused = attempt.final and self.pair.reuses_last and stage == last
+            sums.add((self._number if unused else self._slope)(attempt.piece, depth, end))
         if not self.pair.reuses_last:
-            end = combine(self.total, x, h, self.pair.b, slopes)
-        return end, slopes
+            end = sums.total(last + 1)
+        return end, sums.slopes
 
     def finished(self, attempt: Attempt, x: State, end: State, slopes: list[State]) -> tuple[State, list[Tensor]]:
         """The slope at the end of an accepted step, and the states wanted inside it, stacked."""
@@ -167,8 +170,7 @@ class Stepper:
         if not attempt.shares:
             return last, []
         for depth, (_, row) in zip(attempt.inner, self.inner or (), strict=True):
-            between = combine(self.total, x, attempt.h, row, slopes)
-            slopes = [*slopes, self._slope(attempt.piece, depth, between)]
+            slopes = [*slopes, self._slope(attempt.piece, depth, combined(x, attempt.h, row, slopes))]
         return last, [self._between(attempt, x, slopes)]
 
     def accept(self, attempt: Attempt, free: float, x: State, end: State, slopes: list[State]) -> bool:
@@ -212,7 +214,10 @@ class Stepper:
         if self.under_way:
             self._count(t)
         with refusing_draws(self.watched == 2 and self.field.training, x.device, self.title):
-            return checked(piece(t, x), x).to(x.dtype)
+            slope = checked(piece(t, x), x).to(x.dtype)
+        if self.recompute and self.under_way:
+            self.recompute.forget()
+        return slope
 
     def _number(self, piece: Field, t: float, x: State) -> State:
         """f(t, x) without the graph behind it, of a state that the field may differentiate by."""
@@ -286,7 +291,7 @@ class _Span:
         """The state and the slope at the end, and the states wanted inside each step, stacked."""
         inner: list[Tensor] = []
         for attempt in self.made if self.done else ():
-            end, slopes = self.stepper.stages_of(attempt, x, slope)
+            end, slopes = self.stepper.stages_of(attempt, x, slope, keep=bool(attempt.shares))
             if attempt.accepted:
                 x, slope = self._taken(attempt, x, end, slopes, inner)
         if self.done:
@@ -294,7 +299,7 @@ class _Span:
         self.done, accepted = True, 0
         while accepted < max(self.stepper.every, 1) and self.end != self.goal:
             attempt, free = self.stepper.plan(self, x, slope)
-            end, slopes = self.stepper.stages_of(attempt, x, slope)
+            end, slopes = self.stepper.stages_of(attempt, x, slope, keep=True)
             attempt.accepted = self.stepper.accept(attempt, free, x, end, slopes)
             if not (accepted or attempt.accepted):
                 break

@@ -500,7 +500,7 @@ def test_a_regulariser_of_your_own_is_looked_at(coefficients, noise, error, mess
         (lambda f: StochasticDepth(f, 0.5, "rescale"), ValueError, "'huang'.*'rescaled'"),
         (lambda f: StochasticDepth(f, 0.5, per="row"), ValueError, "'image'"),
         (lambda f: StochasticDepth(PostActivation(f.module), 0.5, "rescaled"), TypeError, "no multiple"),
-        (lambda f: StochasticDepth(f.module, 0.5), TypeError, "wrap a module as Autonomous"),
+        (lambda f: StochasticDepth(f.module, 0.5), TypeError, "wrap a module of x alone as Autonomous"),
         (lambda f: StochasticDepth(StochasticDepth(f, 0.5), 0.5), TypeError, "holds some already"),
         (lambda f: StochasticDepth(Momentum(f), 0.5), TypeError, "write Momentum"),
         (lambda f: ShakeShake(f, branch(4)), ValueError, "3 to 3 and 4 to 4"),

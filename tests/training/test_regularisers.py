@@ -198,9 +198,9 @@ def test_a_network_sums_the_integrals_of_its_flows() -> None:
         lambda: continuum.zoo.lm_resnet(14, width=4, in_channels=1),
         lambda: continuum.zoo.revnet(26, widths=(4, 8, 8), in_channels=1),
         lambda: continuum.zoo.stochastic_depth_resnet(14, width=4, in_channels=1),
-        lambda: continuum.zoo.odenet(width=4, in_channels=1, solver="dopri5:engine=torchode,norm=sample"),
+        lambda: continuum.zoo.odenet(width=4, in_channels=1, solver="per_image"),
     ],
-    ids=["lm_resnet", "revnet", "stochastic_depth", "torchode"],
+    ids=["lm_resnet", "revnet", "stochastic_depth", "per_image"],
 )
 def test_schemes_that_need_single_states_say_so_at_once(network) -> None:
     with pytest.raises(TypeError, match=r"cannot carry an integral beside the state\. Take a solver"):

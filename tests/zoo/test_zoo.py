@@ -107,8 +107,7 @@ def test_a_training_step_moves_every_weight(name):
     logits = undropped(network).train()(x)
     F.cross_entropy(logits, torch.arange(len(x)) % logits.shape[1]).backward()
     optimizer.step()
-    fixed = {id(module.k) for module in network.modules() if isinstance(module, Momentum) and not module.k.requires_grad}
-    still = [n for n, p in network.named_parameters() if torch.equal(p, before[n]) and id(p) not in fixed]
+    still = [n for n, p in network.named_parameters() if torch.equal(p, before[n])]
     # FractalNet's convolutions have a bias, which the BatchNorm behind them takes away again.
     assert not [n for n in still if not (name == "fractalnet" and n.endswith("conv.bias"))]
     assert all(value.isfinite().all() for value in network.state_dict().values())
@@ -330,12 +329,10 @@ def test_arguments_that_no_network_has(make, message):
 
 def test_dropout_under_an_adaptive_solver():
     """In training its noise would pass for an error of the step; in evaluation there is none."""
-    with pytest.raises(TypeError, match=r"dropout .*draws anew.*eval\(\) mode"):
-        continuum.zoo.wide_resnet(16, 1, dropout=0.3, solver="dopri5")
     network = continuum.zoo.wide_resnet(16, 1, dropout=0.3).eval().with_solver("dopri5:rtol=1e-1,atol=1e-1")
     x = torch.randn(2, 3, 8, 8)
     assert network(x).isfinite().all()
-    with pytest.raises(TypeError, match="draws anew"):
+    with pytest.raises(TypeError, match=r"draws random numbers .*eval\(\) mode"):
         network.train()(x)
 
 
@@ -383,7 +380,7 @@ def test_a_constant_k_is_exact_whatever_its_network_goes_through(tmp_path):
     again = continuum.zoo.momentum_resnet(14, width=4, gamma=0.9)
     again.load_state_dict(older)
     changed = [network.float().double(), copy.deepcopy(network), network.refine(2), network.with_solver("rk4"), again]
-    for other in [*changed, continuum.load(tmp_path / "network.pt"), network.project("hat", 2)]:
+    for other in [*changed, continuum.load(tmp_path / "network.pt")]:
         layers = [module for module in other.modules() if isinstance(module, Momentum)]
         assert {layer.k for layer in layers} == {-0.9}
     assert not any(name.endswith(".k") for name in network.state_dict())
