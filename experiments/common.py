@@ -27,7 +27,7 @@ import continuum
 from continuum import Flow
 from continuum.analysis.figures import Panel
 from continuum.analysis.plots import draw
-from continuum.files import whole_file
+from continuum.files import write_json, write_text
 from continuum.models.parts import MNISTStem, PooledHead
 from continuum.training import CIFAR10, Classifier, ImageData, ImageFolder, OneCycle
 from continuum.training.classifier import Schedule
@@ -71,8 +71,7 @@ class Experiment:
         found = measure()
         spent = {"seconds": round(time.process_time() - start, 1), "elapsed": round(time.perf_counter() - clock, 1)}
         self.runs.append({**key, **found, **spent})
-        with whole_file(self.path) as temporary:
-            temporary.write_text(json.dumps(self.content, indent=1) + "\n")
+        write_json(self.content, self.path)
         print(json.dumps({**key, **{k: v for k, v in found.items() if isinstance(v, int | float | str)}, **spent}), flush=True)
 
     def chosen(self, **key: object) -> list[Row]:
@@ -95,8 +94,7 @@ class Experiment:
         if self.published:
             readme = self.folder / "README.md"
             before, _, after = parts(readme, self.name)
-            with whole_file(readme) as temporary:
-                temporary.write_text(before + text + after)
+            write_text(before + text + after, readme)
 
     def signed(self, table: str) -> str:
         """The table, and below it what it took on which machine."""

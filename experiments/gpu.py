@@ -27,7 +27,8 @@ import pytorch_lightning as pl
 import torch
 
 import continuum
-from continuum.bench.report import SEED, Part, Row, new_report, parts, plan, summary, write
+from continuum.bench.report import SEED, Part, Row, new_report, parts, plan, summary
+from continuum.files import write_json
 from continuum.training import CIFAR10, Classifier, Digits, ImageData, ImageFolder
 
 Networks = dict[str, Callable[..., continuum.Network]]
@@ -181,7 +182,7 @@ def main() -> None:
     eager, compiled = all_parts(options.quick, Data(options.data, options.quick), device)
     if options.only:
         (part,) = (part for part in [*eager, *compiled] if part.title == options.only)
-        write(part.measure(), options.out)
+        write_json(part.measure(), options.out)
         return
     report = new_report(plan(options.quick), device) | {"training": [], "errors": []}
     end = time.perf_counter() + options.seconds
@@ -197,7 +198,7 @@ def main() -> None:
         except Exception as error:  # whatever it is, the other parts can still be measured
             report["errors"].append({"part": part.title, "error": f"{type(error).__name__}: {error}"})
             print(f"{part.title}: {error}", flush=True)
-        write(report, options.out)
+        write_json(report, options.out)
     print(f"\n{summary(report)}\n")
     for row in report["training"]:
         way = f"{row['precision']}, {'compiled' if row['compiled'] else 'eager'}"

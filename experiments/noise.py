@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import continuum
-from continuum.files import whole_file
+from continuum.files import write_json
 from continuum.training import Classifier, ImageFolder, OneCycle
 from continuum.training.images import LabelledImages
 
@@ -114,8 +114,7 @@ def runs(network: str, root: str, images: int, path: Path) -> None:
         for noise in CONFIGURATIONS[network]:
             if (noise, seed) not in done:
                 content["runs"].append(run(network, noise, seed, root, images))
-                with whole_file(path) as temporary:
-                    temporary.write_text(json.dumps(content, indent=1) + "\n")
+                write_json(content, path)
                 print(json.dumps(content["runs"][-1]), flush=True)
 
 

@@ -18,7 +18,7 @@ import pytorch_lightning as pl
 import torch
 
 import continuum
-from continuum.files import whole_file
+from continuum.files import write_json
 from continuum.training import Classifier, ImageFolder, OneCycle, Refine
 
 EPOCHS = 10
@@ -86,8 +86,7 @@ def main() -> None:
         for name in SCHEDULES:
             if (name, seed) not in done:
                 content["runs"].append(run(name, seed, options.root, options.images))
-                with whole_file(options.out) as temporary:
-                    temporary.write_text(json.dumps(content, indent=1) + "\n")
+                write_json(content, options.out)
                 print(json.dumps(content["runs"][-1]), flush=True)
 
 

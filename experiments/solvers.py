@@ -8,7 +8,6 @@ without the layer boundaries, against each layer solved alone at 1e-12; median o
 """
 
 import argparse
-import json
 import math
 import statistics
 from collections.abc import Callable
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from continuum import Adaptive, Autonomous, Field, Flow, PiecewiseConstant
-from continuum.files import whole_file
+from continuum.files import write_json
 
 Exact = Callable[[float], Tensor]
 
@@ -106,8 +105,7 @@ def main() -> None:
         print(f"knots at {tolerance}:", {name: f"{value:.3g}" for name, value in row.items()})
     if options.out:
         content = {"errors_in_tolerances": errors, "knots": known, "seeds": len(seeds), "torch": torch.__version__}
-        with whole_file(options.out) as temporary:
-            temporary.write_text(json.dumps(content, indent=1) + "\n")
+        write_json(content, options.out)
 
 
 if __name__ == "__main__":

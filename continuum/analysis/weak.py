@@ -1,7 +1,5 @@
 """A stochastic network beside its SDE: the noise of every layer, and the weak error E g(network) - E g(SDE) of its logits."""
 
-import csv
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -11,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from continuum import files
 from continuum.analysis.stochastic import SDE, CoupledPath, forked_devices, mean_of, run_coupled
 from continuum.fields import Field
-from continuum.files import whole_file
 from continuum.flow import Flow
 from continuum.models import Network
 from continuum.noise import Law, noise_only
@@ -228,10 +226,7 @@ def _moments(law: Law) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 def write_csv(report: WeakReport, path: str | os.PathLike[str]) -> None:
     """The gaps, a line each."""
-    with whole_file(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(Gap.__dataclass_fields__))
-        writer.writeheader()
-        writer.writerows(asdict(gap) for gap in report.gaps)
+    files.write_csv([Gap.__dataclass_fields__, *(asdict(gap).values() for gap in report.gaps)], path)
 
 
 def write_json(report: WeakReport, facts: dict[str, Any], path: str | os.PathLike[str]) -> None:
@@ -240,6 +235,4 @@ def write_json(report: WeakReport, facts: dict[str, Any], path: str | os.PathLik
     for layer in report.layers:
         numbers = {"mean": layer.mean, "moments": layer.moments, "asymmetry": layer.asymmetry}
         layers.append(asdict(layer) | ({"small": layer.small} | numbers if layer.noisy else dict.fromkeys(numbers)))
-    content = {**facts, "layers": layers, "gaps": [asdict(gap) for gap in report.gaps]}
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    files.write_json({**facts, "layers": layers, "gaps": [asdict(gap) for gap in report.gaps]}, path)

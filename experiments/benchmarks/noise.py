@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy
 import continuum
 from continuum import Autonomous, Brownian, Field, FixedStep
 from continuum.fields import PreActivation
-from continuum.files import whole_file
+from continuum.files import write_json
 from continuum.noise import Dropout, StochasticDepth, StochasticField
 from continuum.noise.base import stochastic_fields
 from continuum.schemes import EulerMaruyama
@@ -174,8 +174,7 @@ def main() -> None:
     }
     print(json.dumps(result["stochastic depth"]))
     if options.out:
-        with whole_file(options.out) as temporary:
-            temporary.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(result, options.out)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import continuum
-from continuum.files import whole_file
+from continuum.files import write_json
 
 
 class PlainResNet(nn.Module):
@@ -96,8 +96,7 @@ def main() -> None:
     }
     print(json.dumps(result, indent=1))
     if options.out:
-        with whole_file(options.out) as temporary:
-            temporary.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(result, options.out)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ those in float64, for scale.
 """
 
 import argparse
-import json
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor
 from continuum import Autonomous, Coupled, FixedStep, Flow, PiecewiseConstant
 from continuum.analysis import peak_memory
 from continuum.fields import Antisymmetric, Field, Hamiltonian, PreActivation
-from continuum.files import whole_file
+from continuum.files import write_json
 from continuum.schemes import Coupling, ReversibleScheme, TwoStepMidpoint, Verlet
 
 CHANNELS, SIZE, BATCH = 32, 16, 16
@@ -125,8 +124,7 @@ def main() -> None:
         content["errors_over_100_layers"][name] = [row for scale in scales for row in errors(name, scale, device)]
         for row in content["errors_over_100_layers"][name]:
             print(f"  {row}", flush=True)
-    with whole_file(options.out) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(content, options.out)
 
 
 if __name__ == "__main__":
