@@ -1,6 +1,6 @@
 """What the error norm means for a single image: evaluations, and the worst image's error in units of the tolerance.
 
-    python experiments/benchmarks/norms.py --out experiments/results/norms.json
+    python -m experiments.benchmarks.norms --out experiments/benchmarks/results/norms.json
 
 64 images of 8 numbers in float64 under dopri5, by the norm over the batch, the norm of the worst image, and steps of each image
 alone (torchode). Decay: x' = -r x with rates from 0.1 to 32, up to depth 1. Tanh: x' = B tanh(A x + a), random, up to depth 2,
