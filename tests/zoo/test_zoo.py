@@ -1,6 +1,8 @@
 """Every network of the zoo: any solver that its fields allow, a training step, copies, files, compilation, bad arguments."""
 
 import copy
+import inspect
+import re
 
 import pytest
 import torch
@@ -76,6 +78,12 @@ def undropped(network):
 def test_every_builder_is_here():
     assert {name.split()[0] for name in SMALL} == set(BUILDERS)
     assert all(getattr(continuum.zoo, name) is build for name, build in BUILDERS.items())
+
+
+def test_every_argument_is_explained():
+    for name, build in BUILDERS.items():
+        explained = inspect.getdoc(build).partition("Args:\n")[2].partition("\n\n")[0]
+        assert re.findall(r"(?m)^    (\w+): ", explained) == list(inspect.signature(build).parameters), name
 
 
 @pytest.mark.parametrize("solver", ["euler", "rk4", "dopri5:rtol=1e-2,atol=1e-2"])
