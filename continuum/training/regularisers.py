@@ -27,6 +27,10 @@ class DepthSmoothness:
     With it, and not without, the best weights of ever more layers converge to those of an ODE. It takes the place of weight
     decay in those flows.
 
+    Args:
+        weight: factor in the loss, at least 0.
+        tau: factor of the size of the first weights, |theta(0)|^2, at least 0.
+
     Raises:
         ValueError: a negative weight or tau; when called, layers of several kinds.
         TypeError: when called, a network without such flows.
@@ -65,6 +69,10 @@ class Transport:
     |e^T df/dx|^2 is the squared Frobenius norm of the Jacobian in the mean. Paths of little energy are nearly straight, with
     nearly constant speed, and take an adaptive solver few steps. The Jacobian costs a backward pass an evaluation, and
     derivatives that torch.compile does not trace; 0 leaves it out.
+
+    Args:
+        kinetic: factor of |f|^2, at least 0.
+        jacobian: factor of |e^T df/dx|^2, at least 0.
 
     Raises:
         ValueError: a negative weight, or two zeros.
