@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import continuum
 from continuum import Flow
 from continuum.analysis.figures import Panel
-from continuum.analysis.plots import draw
+from continuum.analysis.plots import plot
 from continuum.files import write_json, write_text
 from continuum.models.parts import MNISTStem, PooledHead
 from continuum.training import CIFAR10, Classifier, ImageData, ImageFolder, OneCycle
@@ -78,9 +78,9 @@ class Experiment:
         """The runs with these values."""
         return [row for row in self.runs if all(row[name] == value for name, value in key.items())]
 
-    def draw(self, panels: Sequence[Panel]) -> None:
+    def plot(self, panels: Sequence[Panel]) -> None:
         """The figure, for the README and docs/claims.md if the results are the repository's; else beside them."""
-        draw(panels, self.figure if self.published else self.results / f"{self.name}.png")
+        plot(panels, self.figure if self.published else self.results / f"{self.name}.png")
 
     @property
     def figure(self) -> Path:

@@ -8,7 +8,7 @@ from jsonargparse.typing import PositiveInt
 from rich.console import Console
 from rich.table import Table
 
-from continuum.bench.plots import draw_overhead
+from continuum.bench.plots import plot_overhead
 from continuum.bench.report import ALLOCATOR, Report, new_report, parts, plan, summary, ways_of
 from continuum.cli.compare import chosen_device
 from continuum.cli.parser import Parser
@@ -52,7 +52,7 @@ def bench_command(arguments: list[str]) -> None:
         write_json(report, options.out)
         print(f"report:  {options.out}")
     if options.picture:
-        draw_overhead(report, options.picture)
+        plot_overhead(report, options.picture)
         print(f"picture: {options.picture}")
 
 

@@ -11,9 +11,9 @@ from typing import ParamSpec, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from continuum.augmented import Integrand
 from continuum.bases import named_basis
 from continuum.flow import Flow
+from continuum.integral import Integrand
 from continuum.models.parts import NoisyTransition
 from continuum.noise.base import has_noise, noise_only
 from continuum.solvers import Adaptive, Brownian, SolveError, Solver

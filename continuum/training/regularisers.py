@@ -13,8 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from continuum.augmented import Integrand
 from continuum.flow import Flow
+from continuum.integral import Integrand
 from continuum.models import Network
 from continuum.solvers import Adaptive
 from continuum.types import State, Time

@@ -72,7 +72,7 @@ def figure(experiment: Experiment) -> None:
         ends = [f(x for line in lines for x in line.x) for f in (min, max)]
         lines.append(Line("no gap", ends, ends, "reference"))
         panels.append(Axes(network, "training loss", "test loss", lines))
-    experiment.draw(panels)
+    experiment.plot(panels)
 
 
 def main() -> None:

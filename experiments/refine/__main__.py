@@ -61,7 +61,7 @@ def figure(experiment: Experiment) -> None:
         runs = experiment.chosen(schedule=schedule)
         minutes = [sum(row["epoch_seconds"]) / 60 for row in runs]
         lines.append(Line(schedule, minutes, [row["accuracy"] for row in runs], "points"))
-    experiment.draw([Axes("one point a seed", "minutes of processor time in training", "test accuracy (%)", lines)])
+    experiment.plot([Axes("one point a seed", "minutes of processor time in training", "test accuracy (%)", lines)])
 
 
 def main() -> None:

@@ -106,7 +106,7 @@ def figure(experiment: Experiment) -> None:
         Line(name, [row[f"evaluations{suffix}"] for row in runs], [row[f"error{suffix}"] for row in runs], "points")
         for name, suffix in (("knots known", ""), ("not known", "_without"))
     )
-    experiment.draw(
+    experiment.plot(
         [
             Axes("errors", "tolerance", "error / tolerance", lines, "log", "log"),
             Axes("nine layers, dopri5", "evaluations", "error", [known, blind], "log", "log"),
