@@ -17,13 +17,7 @@ from continuum.cli.compare import compare_parser
 from continuum.cli.parser import Parser
 from continuum.training import Classifier, ImageData
 
-
-@pytest.fixture(autouse=True)
-def command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(sys, "argv", ["continuum"])
-    monkeypatch.chdir(tmp_path)
-
-
+pytestmark = pytest.mark.usefixtures("command_line")
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 CONFIGS = [EXPERIMENTS / "digits.yaml", *sorted((EXPERIMENTS / "cifar10").glob("*.yaml"))]
 

@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 from problems import FLOAT64, tanh_layers
 from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
+from runs import StopAt, quiet_trainer
 from torch import nn
 
 import continuum
@@ -310,17 +311,6 @@ class Recorded(pl.Callback):
         )
 
 
-class StopAt(pl.Callback):
-    """Raises when so many steps are done and their checkpoints are written."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
-        if trainer.global_step == self.step:
-            raise InterruptedError
-
-
 def fit(
     folder: Path,
     callbacks: list[pl.Callback],
@@ -331,16 +321,7 @@ def fit(
     """Four epochs of three batches."""
     pl.seed_everything(0)
     model = Classifier(network or preresnet(14, width=2, in_channels=1), schedule=schedule or OneCycle())
-    trainer = pl.Trainer(
-        max_epochs=4,
-        accelerator="cpu",
-        default_root_dir=folder,
-        callbacks=callbacks,
-        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(callbacks, max_epochs=4, default_root_dir=folder)
     try:
         trainer.fit(model, Digits(batch_size=20, train_size=60, crop=1, seed=0), ckpt_path=resume)
     except InterruptedError:
