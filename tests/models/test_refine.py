@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
+from networks import build
 from problems import FLOAT64, tanh_layers
 from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from runs import StopAt, quiet_trainer
@@ -119,20 +120,19 @@ def test_flows_that_cannot_be_refined():
 
 # Networks
 
-ZOO = {
-    "preresnet": (lambda: preresnet(14, width=2), images()),
-    "rk4": (lambda: preresnet(14, width=2, solver="rk4:h=0.5"), images()),
-    "odenet": (lambda: continuum.zoo.odenet(width=2, downsample=False, solver="rk4"), images(channels=1)),
-    "mlp": (lambda: mlp(hidden=4, solver="euler:h=0.25"), images()[:, 0, 0, :2]),
-    "adaptive mlp": (lambda: mlp(hidden=4), images()[:, 0, 0, :2]),
+CASES = {
+    "preresnet": ("preresnet", {}),
+    "rk4": ("preresnet", {"solver": "rk4:h=0.5"}),
+    "odenet": ("odenet small", {"solver": "rk4"}),
+    "mlp": ("mlp", {"solver": "euler:h=0.25"}),
+    "adaptive mlp": ("mlp", {}),
 }
 
 
-@pytest.fixture(params=ZOO)
+@pytest.fixture(params=CASES)
 def inhabitant(request):
-    torch.manual_seed(0)
-    build, x = ZOO[request.param]
-    return build(), x
+    name, options = CASES[request.param]
+    return build(name, **options)
 
 
 @pytest.mark.parametrize("change", ["refine", "refine twice", "refine and project"])
