@@ -1,10 +1,14 @@
 """Files that appear whole or not at all: written beside their place, then renamed."""
 
+import csv
+import json
+import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -23,3 +27,28 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary = Path(folder) / target.name
         yield temporary
         os.replace(temporary, target)
+
+
+def write_text(text: str, path: str | os.PathLike[str]) -> None:
+    """Write a text file, whole."""
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write plain data as JSON, whole; numbers that are not finite become null."""
+    write_text(json.dumps(_finite(content), indent=1, ensure_ascii=False) + "\n", path)
+
+
+def write_csv(rows: Iterable[Iterable[Any]], path: str | os.PathLike[str]) -> None:
+    """Write rows as CSV, whole; the first holds the headings."""
+    with whole_file(path) as temporary, open(temporary, "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(name): _finite(item) for name, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value

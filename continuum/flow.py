@@ -9,9 +9,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from continuum.augmented import Integrand, augmented
 from continuum.fields import Field
 from continuum.fields.base import as_field, checked, in_mode_of
+from continuum.integral import Integrand, augmented
 from continuum.noise.base import has_noise, without_noise
 from continuum.schemes import TwoStepMidpoint
 from continuum.schemes.base import inside

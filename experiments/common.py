@@ -13,7 +13,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,13 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 import continuum
 from continuum import Flow
 from continuum.analysis.figures import Panel
-from continuum.analysis.plots import draw
-from continuum.files import whole_file
+from continuum.analysis.plots import plot
+from continuum.files import write_json, write_text
 from continuum.models.parts import MNISTStem, PooledHead
 from continuum.training import CIFAR10, Classifier, ImageData, ImageFolder, OneCycle
 from continuum.training.classifier import Schedule
@@ -71,17 +71,16 @@ class Experiment:
         found = measure()
         spent = {"seconds": round(time.process_time() - start, 1), "elapsed": round(time.perf_counter() - clock, 1)}
         self.runs.append({**key, **found, **spent})
-        with whole_file(self.path) as temporary:
-            temporary.write_text(json.dumps(self.content, indent=1) + "\n")
+        write_json(self.content, self.path)
         print(json.dumps({**key, **{k: v for k, v in found.items() if isinstance(v, int | float | str)}, **spent}), flush=True)
 
     def chosen(self, **key: object) -> list[Row]:
         """The runs with these values."""
         return [row for row in self.runs if all(row[name] == value for name, value in key.items())]
 
-    def draw(self, panels: Sequence[Panel]) -> None:
+    def plot(self, panels: Sequence[Panel]) -> None:
         """The figure, for the README and docs/claims.md if the results are the repository's; else beside them."""
-        draw(panels, self.figure if self.published else self.results / f"{self.name}.png")
+        plot(panels, self.figure if self.published else self.results / f"{self.name}.png")
 
     @property
     def figure(self) -> Path:
@@ -93,15 +92,18 @@ class Experiment:
         text = self.signed(table)
         print(text)
         if self.published:
-            readme = self.folder / "README.md"
-            before, _, after = parts(readme, self.name)
-            with whole_file(readme) as temporary:
-                temporary.write_text(before + text + after)
+            publish(self.folder / "README.md", self.name, text)
 
     def signed(self, table: str) -> str:
         """The table, and below it what it took on which machine."""
         minutes = sum(row["seconds"] for row in self.runs) / 60
         return f"{table}\n\n{len(self.runs)} runs, {minutes:.0f} minutes of processor time; {facts(self.content['machine'])}.\n"
+
+
+def publish(readme: Path, mark: str, text: str) -> None:
+    """Put the text into a README, between two marks."""
+    before, _, after = parts(readme, mark)
+    write_text(f"{before}{text.rstrip()}\n{after}", readme)
 
 
 def parts(readme: Path, mark: str) -> tuple[str, str, str]:
@@ -122,10 +124,10 @@ def facts(machine: Mapping[str, Any]) -> str:
     return f"{machine['device']} with {machine['cores']} cores, {machine['threads']} threads, torch {machine['torch']}"
 
 
-def cifar10(root: str, images: int | None, seed: int, batch_size: int = 128) -> ImageData:
+def cifar10(root: str, images: int | None, seed: int, batch_size: int = 128, validation: float = 0.0) -> ImageData:
     """CIFAR-10 with crops and mirrored images: as JPEG files in class folders, or torchvision's. Files are read once."""
     whole = _read(root)
-    data = type(whole)(root, batch_size=batch_size, validation=0.0, train_size=images, seed=seed)
+    data = type(whole)(root, batch_size=batch_size, validation=validation, train_size=images, seed=seed)
     data.classes = whole.classes
     data.load = lambda train: whole.train_images if train else whole.test_images
     data.setup()
@@ -149,8 +151,12 @@ def train(
     weight_decay: float = 5e-4,
     schedule: Schedule | None = None,
     callbacks: Sequence[pl.Callback] = (),
-) -> None:
-    """Train `network` as `Classifier` does, with one cycle of the learning rate unless another schedule is given."""
+) -> continuum.Network:
+    """Train `network` as `Classifier` does, with one cycle of the learning rate unless another schedule is given.
+
+    Returns:
+        The trained network, in evaluation mode: `network` itself, unless a callback put another in its place.
+    """
     classifier = Classifier(network, learning_rate, weight_decay=weight_decay, schedule=schedule or OneCycle())
     torch.manual_seed(seed)  # of the noise; networks are built under seeds of their own
     trainer = pl.Trainer(
@@ -165,15 +171,20 @@ def train(
         callbacks=list(callbacks),
     )
     trainer.fit(classifier, data)
-    network.eval()
+    return classifier.network.eval()
+
+
+def evaluated(network: continuum.Network, data: ImageData, limit: int | None = None) -> tuple[float, float]:
+    """Accuracy in % and loss on the test images."""
+    return scored(network, data.test_batches(limit))
 
 
 @torch.no_grad()
-def evaluated(network: continuum.Network, data: ImageData, limit: int | None = None) -> tuple[float, float]:
-    """Accuracy in % and loss on the test images."""
+def scored(network: continuum.Network, batches: Iterable[Sequence[Tensor]]) -> tuple[float, float]:
+    """Accuracy in % and loss over batches of (images, labels)."""
     right, loss, count = 0, 0.0, 0
     device = next(network.parameters()).device
-    for images, labels in data.test_batches(limit):
+    for images, labels in batches:
         logits, labels = network(images.to(device)), labels.to(device)
         right += int((logits.argmax(1) == labels).sum())
         loss += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))

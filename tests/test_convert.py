@@ -1,6 +1,5 @@
 """Published networks and ours compute the same to the bit, and convert there and back without a loss."""
 
-import os
 import random
 import re
 import sys
@@ -14,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision.models as tv
+from files import DiskFullError, Malicious, failing
 from PIL import Image
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -608,14 +608,6 @@ def test_a_file_cut_anywhere(path, legacy):
     refusal(path)
 
 
-class Malicious:
-    def __init__(self, target):
-        self.target = target
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.target),)
-
-
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("place", ["alone", "beside", "inside"])
 def test_pickled_code_is_not_executed(path, tmp_path, place, legacy):
@@ -627,20 +619,6 @@ def test_pickled_code_is_not_executed(path, tmp_path, place, legacy):
     torch.save(small(), path, _use_new_zipfile_serialization=not legacy)  # a whole model is code too
     assert "torchvision.models.resnet.ResNet" in refusal(path)
     assert not (tmp_path / "executed").exists()
-
-
-class DiskFullError(Exception):
-    pass
-
-
-def failing(error):
-    def fails(*arguments, **options):
-        for argument in arguments:
-            if isinstance(argument, Path):
-                argument.write_bytes(b"half a file")
-        raise error
-
-    return fails
 
 
 @pytest.mark.parametrize("error", [DiskFullError, KeyboardInterrupt])
@@ -736,12 +714,6 @@ def test_a_program_that_computes_otherwise_is_not_written(tmp_path, monkeypatch)
 
 
 # The command line
-
-
-@pytest.fixture
-def command_line(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["continuum"])
-    monkeypatch.chdir(tmp_path)
 
 
 def run(*arguments):

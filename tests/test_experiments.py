@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-EXPERIMENTS = sorted(path.parent.name for path in (ROOT / "experiments").glob("*/__main__.py"))
+EXPERIMENTS = sorted(path.parent.name for path in (ROOT / "experiments").glob("*/cpu.yaml"))
 
 
 @pytest.fixture(autouse=True)
@@ -43,8 +43,44 @@ def test_every_experiment_is_listed_and_has_a_figure_and_a_full_config(name):
     assert f"({name}/README.md)" in (ROOT / "experiments" / "README.md").read_text()
 
 
-def test_six_questions_have_an_experiment():
-    assert len(EXPERIMENTS) == 6
+def test_nothing_but_folders_and_what_they_share():
+    """And every folder says how it is run, and holds what its README shows."""
+    entries = {path.name for path in (ROOT / "experiments").iterdir() if path.name != "__pycache__"}
+    assert {"README.md", "common.py", "digits.yaml", *EXPERIMENTS} <= entries
+    folders = entries - {"README.md", "common.py", "digits.yaml"}
+    for folder in folders:
+        assert f"python -m experiments.{folder}" in (ROOT / "experiments" / folder / "README.md").read_text()
+        assert f"({folder}/README.md)" in (ROOT / "experiments" / "README.md").read_text()
+        assert any((ROOT / "experiments" / folder / "results").iterdir())
+
+
+def loaded(name):
+    return importlib.import_module(f"experiments.{name}"), ROOT / "experiments" / name.split(".")[0]
+
+
+def test_the_tables_of_the_comparisons_are_those_of_the_results():
+    module, folder = loaded("cifar10.__main__")
+    common = importlib.import_module("experiments.common")
+    tables = {"training": module.training()}
+    tables |= {name: module.comparison(name) for name in (*module.NETWORKS, module.PUBLISHED)}
+    for mark, table in tables.items():
+        assert common.parts(folder / "README.md", mark)[1] == f"{table}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "report", "results"),
+    [
+        ("gpu.__main__", "tables", "h100"),
+        ("benchmarks.noise", "report", "noise_cost"),
+        ("benchmarks.reversible", "report", "reversible"),
+    ],
+)
+def test_the_tables_of_the_measurements_are_those_of_the_results(name, report, results):
+    module, folder = loaded(name)
+    found = getattr(module, report)(json.loads((folder / "results" / f"{results}.json").read_text()))
+    lines = [line for line in found.splitlines() if line.startswith("|")]
+    assert lines
+    assert set(lines) <= set((folder / "README.md").read_text().splitlines())
 
 
 def test_an_interrupted_experiment_goes_on(monkeypatch, tmp_path):

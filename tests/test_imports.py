@@ -17,7 +17,7 @@ RANKS = [
     {"weights", "noise"},
     {"schemes"},
     {"solvers"},
-    {"augmented"},
+    {"integral"},
     {"flow"},
     {"models"},
     {"zoo"},

@@ -1,7 +1,5 @@
 """One set of weights under many solvers: what each costs, and how far its answers are from those of the training solver."""
 
-import csv
-import json
 import math
 import os
 import statistics
@@ -14,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from continuum import files
 from continuum.analysis.memory import peak_memory
-from continuum.files import whole_file
 from continuum.models import Network
 from continuum.noise import noise_only
 from continuum.solvers import SolveError, Solver
@@ -129,18 +127,10 @@ def _run(network: Network, batches: Sequence[tuple[Tensor, Tensor]], device: tor
 
 def write_csv(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     """The table without the grids, a line a solver."""
-    columns = [name for name in asdict(rows[0]) if name != "grids"]
-    with whole_file(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+    columns = [name for name in Row.__dataclass_fields__ if name != "grids"]
+    files.write_csv([columns, *([getattr(row, name) for name in columns] for row in rows)], path)
 
 
 def write_json(rows: Sequence[Row], facts: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """The rows with their grids, under the `facts` of the run; numbers that do not exist are null."""
-    table = [
-        {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in asdict(row).items()}
-        for row in rows
-    ]
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps({**facts, "rows": table}, indent=1) + "\n")
+    files.write_json({**facts, "rows": [asdict(row) for row in rows]}, path)

@@ -1,4 +1,4 @@
-"""Figures as numbers: what an analysis has to show, before anything is drawn. `plots.draw` and `plots.svg` draw them."""
+"""Figures as numbers: what an analysis has to show, before anything is drawn. `plots.plot` and `plots.svg` draw them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,15 +1,13 @@
 """The report as one self-contained HTML page, and as JSON: it refers to nothing outside itself and runs no scripts."""
 
 import html
-import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from continuum import files
 from continuum.analysis.plots import svg
 from continuum.analysis.report import Section
-from continuum.files import whole_file
 
 STYLE = """
 :root { color-scheme: light; }
@@ -34,15 +32,13 @@ def write_html(facts: Mapping[str, Any], sections: Sequence[Section], path: str 
         f"<title>{html.escape(str(facts['network']))} as a differential equation</title>\n"
         f"<style>{STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
-    with whole_file(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    files.write_text(page, path)
 
 
 def write_json(facts: Mapping[str, Any], sections: Sequence[Section], path: str | os.PathLike[str]) -> None:
     """All numbers behind the page; those that do not exist are null."""
     content = {**facts, "sections": [{"title": s.title, "summary": s.summary, "numbers": list(s.numbers)} for s in sections]}
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(_finite(content), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    files.write_json(content, path)
 
 
 def _facts(facts: Mapping[str, Any]) -> str:
@@ -63,13 +59,3 @@ def _section(section: Section) -> str:
         names = ", ".join(panel.title for panel in panels)
         parts.append(f'<figure role="img" aria-label="{html.escape(names)}">{svg(panels)}</figure>')
     return "\n".join(parts)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(name): _finite(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value

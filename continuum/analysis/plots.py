@@ -22,7 +22,7 @@ MARKERS = "osD^vP*X<>hd"
 GAPS = {"h=1": "network and SDE", "h=1/2": "h = 1/2 and SDE", "evaluation": "evaluation and network with noise"}
 
 
-def draw(panels: Sequence[Panel], path: str | os.PathLike[str]) -> None:
+def plot(panels: Sequence[Panel], path: str | os.PathLike[str]) -> None:
     """The panels side by side, in a file whose ending says which kind of picture it is."""
     save(_drawn(panels), path)
 
@@ -78,7 +78,7 @@ def _matrix(axes: mpl.Axes, panel: Matrix) -> None:
             axes.text(column, row, f"{value:.3g}", ha="center", va="center", fontsize="small", color=color)
 
 
-def draw_comparison(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
+def plot_comparison(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     """Accuracy, and the largest difference of the logits from the training solver's, against field evaluations.
 
     Bars are standard deviations over the paths of the noise.
@@ -107,7 +107,7 @@ def draw_comparison(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     save(figure, path)
 
 
-def draw_steps(rows: Sequence[Row], path: str | os.PathLike[str]) -> bool:
+def plot_steps(rows: Sequence[Row], path: str | os.PathLike[str]) -> bool:
     """The size of each step that the adaptive solvers chose, along the depth of each flow; False if there is none."""
     adaptive = [row for row in rows if row.grids and _uneven(row)]
     if not adaptive:
@@ -131,7 +131,7 @@ def draw_steps(rows: Sequence[Row], path: str | os.PathLike[str]) -> bool:
     return True
 
 
-def draw_weak(report: WeakReport, path: str | os.PathLike[str]) -> None:
+def plot_weak(report: WeakReport, path: str | os.PathLike[str]) -> None:
     """The third moment of every layer's increment beside +-sqrt(h), and the weak errors with their 95% intervals."""
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)

@@ -1,7 +1,5 @@
 """A stochastic network beside its SDE: the noise of every layer, and the weak error E g(network) - E g(SDE) of its logits."""
 
-import csv
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -9,19 +7,18 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from continuum import files
 from continuum.analysis.stochastic import SDE, CoupledPath, forked_devices, mean_of, run_coupled
 from continuum.fields import Field
-from continuum.files import whole_file
 from continuum.flow import Flow
 from continuum.models import Network
-from continuum.models.network import transit
 from continuum.noise import Law, noise_only
 from continuum.noise.base import has_noise, noise_of
 from continuum.schemes import EulerMaruyama, StochasticTwoStep
 from continuum.schemes.base import inside
-from continuum.solvers import Adaptive, FixedStep
+from continuum.solvers import FixedStep
 from continuum.solvers.base import evaluating
 from continuum.types import Images, State
 from continuum.weights import PiecewiseConstant
@@ -147,22 +144,33 @@ def _tests(logits: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
 
 
 def _logits(network: Network, images: Images, steps_per_layer: int, generator: torch.Generator) -> list[Tensor]:
-    """Logits by common noise: of the network, of the network at h = 1/2, of the SDE."""
-    states: list[tuple[State, State | None]] = [(network.stem(images), None)] * 3
-    for stage in network.stages:
-        if isinstance(stage, Flow) and has_noise(stage):
-            states = [(x, None) for x in _flowed(stage, states, steps_per_layer, generator)]
-        elif isinstance(stage, Flow):
-            fixed = not isinstance(stage.solver, Adaptive)
-            states = [(stage(x, previous if fixed else None), None) for x, previous in states]
-        else:
-            seed = int(torch.randint(2**31, (1,), generator=generator, device=images.device))
-            after: list[tuple[State, State | None]] = []
-            for x, _ in states:
-                torch.manual_seed(seed)
-                after.append(transit(stage, x))
-            states = after
-    return [network.head(x) for x, _ in states]
+    """Logits by common noise: of the network, of the network at h = 1/2, of the SDE. The three are one batch of three times
+    as many images."""
+
+    def end(flow: Flow, x: State, previous: State | None) -> State:
+        sides = list(zip(x.chunk(3), (None,) * 3 if previous is None else previous.chunk(3), strict=True))
+        noisy = has_noise(flow)
+        return torch.cat(_flowed(flow, sides, steps_per_layer, generator) if noisy else [flow(*side) for side in sides])
+
+    stages = [stage if isinstance(stage, Flow) else _Alike(stage, generator) for stage in network.stages]
+    *_, (_, _, logits) = Network(network.stem, stages, network.head).walk(torch.cat([images] * 3), end)
+    return list(logits.chunk(3))
+
+
+class _Alike(nn.Module):
+    """A transition of three sides, which draw the same."""
+
+    def __init__(self, stage: nn.Module, generator: torch.Generator) -> None:
+        super().__init__()
+        self.stage, self.generator = stage, generator
+
+    def forward(self, x: State) -> State | tuple[State, ...]:
+        seed = int(torch.randint(2**31, (1,), generator=self.generator, device=x.device))
+        after = []
+        for side in x.chunk(3):
+            torch.manual_seed(seed)
+            after.append(self.stage(side))
+        return tuple(map(torch.cat, zip(*after, strict=True))) if isinstance(after[0], tuple) else torch.cat(after)
 
 
 def _flowed(
@@ -218,10 +226,7 @@ def _moments(law: Law) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 def write_csv(report: WeakReport, path: str | os.PathLike[str]) -> None:
     """The gaps, a line each."""
-    with whole_file(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(Gap.__dataclass_fields__))
-        writer.writeheader()
-        writer.writerows(asdict(gap) for gap in report.gaps)
+    files.write_csv([Gap.__dataclass_fields__, *(asdict(gap).values() for gap in report.gaps)], path)
 
 
 def write_json(report: WeakReport, facts: dict[str, Any], path: str | os.PathLike[str]) -> None:
@@ -230,6 +235,4 @@ def write_json(report: WeakReport, facts: dict[str, Any], path: str | os.PathLik
     for layer in report.layers:
         numbers = {"mean": layer.mean, "moments": layer.moments, "asymmetry": layer.asymmetry}
         layers.append(asdict(layer) | ({"small": layer.small} | numbers if layer.noisy else dict.fromkeys(numbers)))
-    content = {**facts, "layers": layers, "gaps": [asdict(gap) for gap in report.gaps]}
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    files.write_json({**facts, "layers": layers, "gaps": [asdict(gap) for gap in report.gaps]}, path)

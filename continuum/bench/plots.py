@@ -11,7 +11,7 @@ from continuum.analysis.plots import plain_ticks, save
 from continuum.bench.report import Report, ways_of
 
 
-def draw_overhead(report: Report, path: str | os.PathLike[str]) -> None:
+def plot_overhead(report: Report, path: str | os.PathLike[str]) -> None:
     """What a solve costs beyond its evaluations, on every field and by every library: one panel forward, one in training.
 
     A bar begins at 1, a solver that costs nothing; its line joins the quartiles.

@@ -1,6 +1,5 @@
 """The measurements of `continuum bench`, their report, and its summary: measure | torchdiffeq | torchode | here | target."""
 
-import json
 import os
 import platform
 import time
@@ -28,7 +27,6 @@ from continuum.bench.timing import (
     libraries,
     training,
 )
-from continuum.files import whole_file
 
 Report: TypeAlias = dict[str, Any]
 """Facts of the run, and under each of `SECTIONS` the rows of its parts."""
@@ -102,12 +100,6 @@ def new_report(plan: Plan, device: torch.device) -> Report:
 def ways_of(rows: Iterable[Row]) -> list[str]:
     """What is compared in these rows, in the order in which it first appears, without what it is compared with."""
     return list(dict.fromkeys(name for row in rows for name, way in row["ways"].items() if way["against"] != name))
-
-
-def write(report: Report, path: str | os.PathLike[str]) -> None:
-    """The report as JSON, whole."""
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def missing() -> dict[str, str]:

@@ -15,10 +15,10 @@ from continuum.fields import Field
 from continuum.solvers.pairs import pair_of
 from continuum.types import State
 
-Solve: TypeAlias = Callable[[State], State]
+FlowMap: TypeAlias = Callable[[State], State]
 """From the state at depth 0 to the one at the end."""
 
-MakeSolve: TypeAlias = Callable[[Field, float, float], Solve]
+MakeFlowMap: TypeAlias = Callable[[Field, float, float], FlowMap]
 """From a field, a depth and a tolerance to a solve, with what is made once outside it."""
 
 
@@ -30,7 +30,7 @@ def optional(name: str) -> Any | None:
         return None
 
 
-def odeint(field: Field, depth: float, tolerance: float) -> Solve:
+def odeint(field: Field, depth: float, tolerance: float) -> FlowMap:
     """torchdiffeq.odeint, with the gradient of autograd through it."""
 
     def solve(x: State) -> State:
@@ -40,7 +40,7 @@ def odeint(field: Field, depth: float, tolerance: float) -> Solve:
     return solve
 
 
-def odeint_adjoint(field: Field, depth: float, tolerance: float) -> Solve:
+def odeint_adjoint(field: Field, depth: float, tolerance: float) -> FlowMap:
     """torchdiffeq.odeint_adjoint with the library's default norm."""
 
     def solve(x: State) -> State:
@@ -50,7 +50,7 @@ def odeint_adjoint(field: Field, depth: float, tolerance: float) -> Solve:
     return solve
 
 
-def odeint_euler(field: Field, steps: int) -> Solve:
+def odeint_euler(field: Field, steps: int) -> FlowMap:
     """torchdiffeq's Euler with so many steps of one layer."""
 
     def solve(x: State) -> State:
@@ -60,7 +60,7 @@ def odeint_euler(field: Field, steps: int) -> Solve:
     return solve
 
 
-def torchode_dopri5(field: Field, depth: float, tolerance: float) -> Solve:
+def torchode_dopri5(field: Field, depth: float, tolerance: float) -> FlowMap:
     """torchode's AutoDiffAdjoint, whose images choose their own steps; it takes states of shape (batch, features).
 
     Its documentation writes torch.compile(solver).solve, which is the solver's own method, not a compiled one.
@@ -80,7 +80,7 @@ def torchode_dopri5(field: Field, depth: float, tolerance: float) -> Solve:
     return solve
 
 
-def plain_dopri5(field: Field, depth: float, tolerance: float) -> Solve:
+def plain_dopri5(field: Field, depth: float, tolerance: float) -> FlowMap:
     """dopri5 written by hand: a loop over tensors, with autograd through it."""
     pair = pair_of("dopri5")
 

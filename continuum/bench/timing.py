@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from continuum.bench import rivals
-from continuum.bench.rivals import MakeSolve, Solve
+from continuum.bench.rivals import FlowMap, MakeFlowMap
 from continuum.fields import Autonomous, Field, PreActivation
 from continuum.fields.branches import group_norm
 from continuum.flow import Flow
@@ -148,18 +148,18 @@ def _wait(device: torch.device) -> None:
 # Ways
 
 
-def ours(gradient: Literal["direct", "checkpoint", "adjoint"] = "direct") -> MakeSolve:
+def ours(gradient: Literal["direct", "checkpoint", "adjoint"] = "direct") -> MakeFlowMap:
     """dopri5 of this library, as its user would have it."""
     return lambda field, depth, tolerance: Flow(field, Adaptive("dopri5", tolerance, tolerance, gradient=gradient), depth)
 
 
-def libraries() -> dict[str, MakeSolve]:
+def libraries() -> dict[str, MakeFlowMap]:
     """dopri5 with the exact gradient of its steps, by every library of torch that is installed, and by hand."""
     found = {"continuum": ours(), "torchdiffeq": rivals.odeint, "plain loop": rivals.plain_dopri5}
     return {**found, "torchode": rivals.torchode_dopri5} if rivals.optional("torchode") else found
 
 
-def counted(field: Field, solve: Solve, x: State) -> int:
+def counted(field: Field, solve: FlowMap, x: State) -> int:
     """How often a solve evaluates the field on its way forward."""
     calls = [0]
 
@@ -173,7 +173,7 @@ def counted(field: Field, solve: Solve, x: State) -> int:
     return calls[0]
 
 
-def chained(field: Callable[[float, State], State], evaluations: int) -> Solve:
+def chained(field: Callable[[float, State], State], evaluations: int) -> FlowMap:
     """f(f(...f(x))), through which a backward pass goes as through a solve."""
 
     def run(x: State) -> State:
@@ -184,7 +184,7 @@ def chained(field: Callable[[float, State], State], evaluations: int) -> Solve:
     return run
 
 
-def trained(solve: Solve, field: Field, x: State, loss: Loss) -> Run:
+def trained(solve: FlowMap, field: Field, x: State, loss: Loss) -> Run:
     """A solve and its backward pass, to the parameters and the state that it starts from."""
     leaves = [x, *field.parameters()]
 
@@ -242,7 +242,7 @@ def adjoint(problem: Problem, loss: str, plan: Plan, device: torch.device) -> Ro
 
 
 def _training_ways(
-    makers: Mapping[str, MakeSolve], problem: Problem, tolerance: float, loss: str, plan: Plan, device: torch.device
+    makers: Mapping[str, MakeFlowMap], problem: Problem, tolerance: float, loss: str, plan: Plan, device: torch.device
 ) -> tuple[Row, dict[str, list[float]]]:
     field, x = problem.build(device)
     x.requires_grad_()
@@ -262,7 +262,7 @@ def euler_step(plan: Plan, device: torch.device) -> Row:
     images = torch.randn(plan.images, 3, 32, 32).to(device)
     labels = torch.randint(10, (plan.images,)).to(device)
 
-    def step(network: Network, run: Solve) -> Run:
+    def step(network: Network, run: FlowMap) -> Run:
         optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, nesterov=True)
 
         def take() -> None:
@@ -279,7 +279,7 @@ def euler_step(plan: Plan, device: torch.device) -> Row:
     return {"network": "preresnet(20)", "batch": plan.images, **row}
 
 
-def textbook(network: Network) -> Solve:
+def textbook(network: Network) -> FlowMap:
     """The residual network as its textbook loop, over the modules of `network`."""
     stages = list(cast(Iterable[Any], network.stages))
     blocks = [[layer.module for layer in stage.field.layers] if hasattr(stage, "field") else [] for stage in stages]

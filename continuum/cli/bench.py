@@ -8,9 +8,10 @@ from jsonargparse.typing import PositiveInt
 from rich.console import Console
 from rich.table import Table
 
-from continuum.bench.plots import draw_overhead
-from continuum.bench.report import ALLOCATOR, Report, new_report, parts, plan, summary, ways_of, write
+from continuum.bench.plots import plot_overhead
+from continuum.bench.report import ALLOCATOR, Report, new_report, parts, plan, summary, ways_of
 from continuum.cli.parser import Parser, chosen_device, parser_of
+from continuum.files import write_json
 
 
 def bench_parser() -> Parser:
@@ -44,10 +45,10 @@ def bench_command(arguments: list[str]) -> None:
     for name, reason in report["missing"].items():
         print(f"{name}: {reason}")
     if options.out:
-        write(report, options.out)
+        write_json(report, options.out)
         print(f"report:  {options.out}")
     if options.picture:
-        draw_overhead(report, options.picture)
+        plot_overhead(report, options.picture)
         print(f"picture: {options.picture}")
 
 

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from continuum.analysis.compare import Row, compare_solvers, is_stochastic, write_csv, write_json
-from continuum.analysis.plots import draw_comparison, draw_steps
+from continuum.analysis.plots import plot_comparison, plot_steps
 from continuum.cli.inputs import images_of
 from continuum.cli.parser import Parser, chosen_device, device_name, parser_of
 from continuum.models.checkpoint import read, restore
@@ -106,8 +106,8 @@ def compare_command(arguments: list[str]) -> None:
     out = Path(options.out) if options.out else Path(options.checkpoint).parent / "compare"
     write_csv(rows, out / "compare.csv")
     write_json(rows, facts, out / "compare.json")
-    draw_comparison(rows, out / "compare.png")
-    steps = draw_steps(rows, out / "steps.png")
+    plot_comparison(rows, out / "compare.png")
+    steps = plot_steps(rows, out / "steps.png")
     print(f"table:    {out / 'compare.csv'}, {out / 'compare.json'}")
     print(f"pictures: {out / 'compare.png'}" + (f", {out / 'steps.png'}" if steps else ""))
 

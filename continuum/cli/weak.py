@@ -8,7 +8,7 @@ from jsonargparse.typing import PositiveInt
 from rich.console import Console
 from rich.table import Table
 
-from continuum.analysis.plots import draw_weak
+from continuum.analysis.plots import plot_weak
 from continuum.analysis.weak import Gap, WeakReport, weak_report, write_csv, write_json
 from continuum.cli.inputs import images_of
 from continuum.cli.parser import Parser, chosen_device, device_name, parser_of
@@ -63,7 +63,7 @@ def weak_command(arguments: list[str]) -> None:
     out = Path(options.out) if options.out else Path(options.checkpoint).parent / "weak"
     write_csv(report, out / "weak.csv")
     write_json(report, facts, out / "weak.json")
-    draw_weak(report, out / "weak.png")
+    plot_weak(report, out / "weak.png")
     print(f"table:   {out / 'weak.csv'}, {out / 'weak.json'}")
     print(f"picture: {out / 'weak.png'}")
 

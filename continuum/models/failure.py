@@ -3,11 +3,10 @@
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from continuum.fields import Field
 from continuum.flow import Flow
-from continuum.models.network import Network, solve_named, transit
+from continuum.models.network import Network
 from continuum.noise.base import noise_of, terms
 from continuum.schemes import StochasticScheme
 from continuum.schemes.base import inside
@@ -25,29 +24,20 @@ def find_failure(network: Network, images: Images) -> SolveError:
     Returned, not raised; BatchNorm's buffers stay as they are.
     """
     with statistics_untouched(network):
-        x, previous = network.stem(images), None
-        if rows_not_finite(x):
-            return _error("the stem's output is not finite", rows=rows_not_finite(x))
-        for index, stage in enumerate(network.stages):
-            if not isinstance(stage, Flow):
-                x, previous = transit(stage, x)
-                if rows_not_finite(x):
-                    return _error(f"the output of the transition stages.{index} is not finite", rows=rows_not_finite(x))
-                continue
-            try:
-                x = _solve_looking(stage, x, previous, index)
-            except SolveError as error:
-                return error
-            previous = None
-        rows = rows_not_finite(network.head(x))
-        reason = "the head's output is not finite" if rows else "all logits are finite, but the loss is not"
-        return _error(reason, rows=rows)
+        try:
+            for name, stage, x in network.walk(images, _end_looking):
+                if not isinstance(stage, Flow) and (rows := rows_not_finite(x)):
+                    output = f"output of the transition {name}" if name.startswith("stages.") else f"{name}'s output"
+                    return _error(f"the {output} is not finite", rows=rows)
+        except SolveError as error:
+            return error
+        return _error("all logits are finite, but the loss is not")
 
 
-def _solve_looking(flow: Flow, x: State, previous: State | None, index: int) -> Tensor:
+def _end_looking(flow: Flow, x: State, previous: State | None) -> State:
     """The end state of a flow, looking at the state after each of its fixed steps."""
     if not isinstance(flow.solver, FixedStep):
-        return solve_named(_alone(flow), x, index)
+        return _alone(flow)(x)
     steps = flow.solver.steps(0.0, flow.depth)
     states = flow.states(x, previous)
     for count, state in enumerate(states[1:], 1):
@@ -58,7 +48,6 @@ def _solve_looking(flow: Flow, x: State, previous: State | None, index: int) -> 
                 reason = _term_at_fault(flow.field, t, states[count - 1], h) or reason
             error = _error(reason, t, h, rows)
             error.evaluations = flow.solver.scheme.evaluations(flow.field, steps[:count])
-            error.flow = f"stages.{index}"
             raise error
     return states[-1]
 

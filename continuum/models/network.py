@@ -3,7 +3,7 @@
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import ParamSpec, TypeAlias
@@ -11,9 +11,9 @@ from typing import ParamSpec, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from continuum.augmented import Integrand
 from continuum.bases import named_basis
 from continuum.flow import Flow
+from continuum.integral import Integrand
 from continuum.models.parts import NoisyTransition
 from continuum.noise.base import has_noise, noise_only
 from continuum.solvers import Adaptive, Brownian, SolveError, Solver
@@ -24,7 +24,7 @@ from continuum.weights import Expansion, PiecewiseConstant
 
 P = ParamSpec("P")
 
-Solve: TypeAlias = Callable[[Flow, State, State | None], State]
+End: TypeAlias = Callable[[Flow, State, State | None], State]
 """How a network takes a flow: (flow, x, the state one layer before) -> x(depth)."""
 
 
@@ -190,13 +190,13 @@ class Network(nn.Module):
     def entering(self, images: Images) -> dict[Flow, tuple[State, State | None]]:
         """The state that reaches each flow when `images` pass in evaluation mode, and the one before it where it is known."""
         states: dict[Flow, tuple[State, State | None]] = {}
-        hooks = [flow.register_forward_pre_hook(lambda flow, inputs: states.update({flow: inputs})) for flow in self.flows]
-        try:
-            with evaluating(self):
-                self(images)
-        finally:
-            for hook in hooks:
-                hook.remove()
+
+        def end(flow: Flow, x: State, previous: State | None) -> State:
+            states[flow] = x, previous
+            return flow(x, previous)
+
+        with evaluating(self):
+            self._through(images, end)
         return states
 
     def compile(self) -> None:
@@ -227,26 +227,49 @@ class Network(nn.Module):
             raise TypeError("this network has no flow to integrate over")
         integrals: list[Tensor] = []
 
-        def solve(flow: Flow, x: State, previous: State | None) -> State:
-            end, integral = flow.integral(x, integrand, previous)
+        def end(flow: Flow, x: State, previous: State | None) -> State:
+            state, integral = flow.integral(x, integrand, previous)
             integrals.append(integral)
-            return end
+            return state
 
-        return self._through(images, solve), torch.stack(integrals).sum(0)
+        return self._through(images, end), torch.stack(integrals).sum(0)
 
-    def _through(self, images: Images, solve: Solve) -> Logits:
-        """The logits, with `solve` in the place of every flow."""
+    def _through(self, images: Images, end: End) -> Logits:
+        """The logits, with `end` in the place of every flow; buffers are as before if a solve fails."""
         fallible = self.training and any(isinstance(flow.solver, Adaptive | Brownian) for flow in self.flows)
         with restored_on_error(self) if fallible else nullcontext():
-            x, previous = self.stem(images), None
-            for index, stage in enumerate(self.stages):
-                if not isinstance(stage, Flow):
-                    x, previous = transit(stage, x)
-                elif isinstance(stage.solver, Adaptive | Brownian):
-                    x, previous = solve_named(stage, x, index, solve), None
-                else:
-                    x, previous = solve(stage, x, previous), None
-            return self.head(x)
+            x = images
+            for _, _, x in self.walk(images, end):  # noqa: B007
+                pass
+            return x
+
+    def walk(self, images: Images, end: End | None = None) -> Iterator[tuple[str, nn.Module, State]]:
+        """Yield (name, part, state after it) for the stem, every stage and the head, whose state is the logits.
+
+        Args:
+            images: a batch, (batch, channels, height, width).
+            end: what takes a flow, (flow, x, the state one layer before) -> x(depth); the flow itself if left out.
+
+        Raises:
+            SolveError: a solve failed; it carries the name of its flow.
+        """
+        end = end or _end
+        x, previous = self.stem(images), None
+        yield "stem", self.stem, x
+        for index, stage in enumerate(self.stages):
+            name = f"stages.{index}"
+            if not isinstance(stage, Flow):
+                after = stage(x)
+                x, previous = after if isinstance(after, tuple) else (after, None)
+            else:
+                memory = None if isinstance(stage.solver, Adaptive | Brownian) else previous
+                try:
+                    x, previous = end(stage, x, memory), None
+                except SolveError as error:
+                    error.flow = name
+                    raise
+            yield name, stage, x
+        yield "head", self.head, self.head(x)
 
 
 def _end(flow: Flow, x: State, previous: State | None) -> State:
@@ -255,21 +278,6 @@ def _end(flow: Flow, x: State, previous: State | None) -> State:
 
 def _without_noise(stage: nn.Module) -> nn.Module:
     return stage.drift() if isinstance(stage, Flow | NoisyTransition) else stage
-
-
-def transit(stage: nn.Module, x: State) -> tuple[State, State | None]:
-    """The state after a transition, and the one before it where the transition gives one."""
-    after = stage(x)
-    return after if isinstance(after, tuple) else (after, None)
-
-
-def solve_named(flow: Flow, x: Tensor, index: int, solve: Solve = _end) -> Tensor:
-    """flow(x), or another solve of it, with the flow's name in the error if it fails."""
-    try:
-        return solve(flow, x, None)
-    except SolveError as error:
-        error.flow = f"stages.{index}"
-        raise
 
 
 def _projected(flow: Flow, name: str, size: int) -> Flow:

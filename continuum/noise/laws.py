@@ -37,6 +37,9 @@ class Law(ABC):
 class Bernoulli(Law):
     """eta = 1 with probability p, otherwise 0.
 
+    Args:
+        p: probability of 1.
+
     Raises:
         ValueError: p is no probability.
     """

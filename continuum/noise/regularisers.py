@@ -34,6 +34,12 @@ class StochasticDepth(StochasticField):
     `PostActivation` field relu(x + F) - x, evaluation is relu(x + p F), as published: at most the drift's x + p f, and equal to
     it where the ReLU does not cut.
 
+    Args:
+        field: f, a field without noise.
+        survival: p, or p(t) as a function of the depth in layers.
+        convention: "huang" or "rescaled", as in the table.
+        per: what shares a draw: the whole "batch", or each "image" has its own.
+
     >>> from continuum.fields import MLP
     >>> StochasticDepth(MLP(2, hidden=4), 0.8).means(0.0)
     (0.8,)
@@ -89,6 +95,10 @@ class StochasticDepth(StochasticField):
 def linear_decay(layers: int, last: float) -> list[float]:
     """Survivals p_l = 1 - l / L (1 - p_L) of the layers l = 1 ... L, down to p_L = `last` (arXiv 1603.09382).
 
+    Args:
+        layers: L, the number of layers.
+        last: p_L, in (0, 1].
+
     >>> linear_decay(4, 0.5)
     [0.875, 0.75, 0.625, 0.5]
 
@@ -112,6 +122,13 @@ class ShakeShake(StochasticField):
     `backward_mode` says which coefficients the gradients take on their way back: "keep" those of the forward pass, "even" 1/2,
     "shake" new ones, drawn together with the others. Only with "keep" are they the gradient of what was computed. One draw an
     image, or one for the mini-batch.
+
+    Args:
+        first: f1, a field without noise.
+        second: f2, a field of the same shapes.
+        forward_mode: "shake" or "even".
+        backward_mode: "shake", "even" or "keep".
+        per: what shares a draw: the whole "batch", or each "image" has its own.
 
     Raises:
         ValueError: an unknown mode or per, branches whose layers show that they differ in what they take or give.
@@ -196,6 +213,11 @@ class Gaussian(StochasticField):
     The two diffusions of arXiv 1906.02355. `sigma` is a number or a function of the depth, in units of the state by the square
     root of a layer.
 
+    Args:
+        field: f, a field without noise.
+        sigma: size of the noise, or sigma(t) as a function of the depth in layers.
+        kind: "additive" or "multiplicative".
+
     Raises:
         ValueError: a negative sigma, an unknown kind.
     """
@@ -243,6 +265,10 @@ class Dropout(StochasticField):
     """Dropout of the field with rate q: x + eta f / (1 - q), eta from Bernoulli(1 - q) for every entry (arXiv 1906.02355).
 
     Drift f, diffusion sqrt(q / (1 - q)) f, per entry.
+
+    Args:
+        field: f, a field without noise.
+        rate: q, the share of entries that are dropped.
 
     Raises:
         ValueError: a rate outside [0, 1).

@@ -15,6 +15,9 @@ class NeumannSeries(Scheme):
     O(h^{terms + 1}) against backward Euler. For any other field F F is a composition, and the step only resembles it. Of
     order 1 for x' = f, `terms` evaluations; one term is Euler's step.
 
+    Args:
+        terms: number of nested evaluations of the field, at least 1.
+
     Raises:
         ValueError: fewer than one term.
     """

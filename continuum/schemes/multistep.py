@@ -22,6 +22,9 @@ class AdamsBashforth(Scheme):
     It starts with Runge-Kutta steps of its own order (Heun, Kutta3, RK4) and starts anew at every knot of the field, where
     its past belongs to another layer; with h = 1 on piecewise-constant weights it therefore is the starter.
 
+    Args:
+        order: 2, 3 or 4, the number of slopes in a step.
+
     Raises:
         ValueError: another order.
     """

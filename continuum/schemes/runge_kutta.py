@@ -57,6 +57,12 @@ def density(tree: Tree) -> int:
 class Tableau:
     """The coefficients of an explicit Runge-Kutta method; `a` holds row i as a tuple of i numbers.
 
+    Args:
+        c: depths of the stages, in steps.
+        a: weights of the slopes before, a row a stage.
+        b: weights of all slopes in the step.
+        order: order of the global error, which the order conditions are checked for.
+
     >>> Tableau(c=(0, 1), a=((), (1,)), b=(1 / 2, 1 / 2), order=2).order
     2
 

@@ -82,6 +82,9 @@ class EulerMaruyama(StochasticScheme):
     h m_i + s_i dB (arXiv 1710.10121). A branch whose coefficient is zero for the whole batch is not evaluated;
     the `cost` of a solve counts it nevertheless.
 
+    Args:
+        increments: "own", the law of the field, or "brownian", Gaussian increments of deviation sqrt(h).
+
     >>> from continuum.fields import MLP
     >>> from continuum.noise import StochasticDepth
     >>> from continuum.solvers import FixedStep
@@ -160,6 +163,9 @@ class StochasticTwoStep(StochasticScheme):
     `LinearTwoStep` whose field alone is random: what is kept of x_n and x_{n-1} is never dropped. Layers are
     `Momentum(StochasticDepth(f, p))`; one without `Momentum` takes a plain stochastic step, as does the first if there is no
     previous state, then for its equation (1 + k) dx = f dt + g dB. Of weak order 1 for it, in the sense of `EulerMaruyama`.
+
+    Args:
+        increments: "own", the law of the field, or "brownian", Gaussian increments of deviation sqrt(h).
 
     Raises:
         TypeError: as `EulerMaruyama`, and where no layer is a `Momentum`.

@@ -36,6 +36,10 @@ class LogSmoothness(Callback):
 
     For modules that have a `network`, such as `Classifier`. The names are flow0/smoothness, flow1/smoothness, ...
 
+    Args:
+        every: steps between two values; None for once an epoch.
+        tau: factor of the size of the first weights, |theta(0)|^2, at least 0.
+
     Raises:
         ValueError: a number of steps that is not positive; on setup, layers of several kinds.
         TypeError: on setup, a network without such flows.
@@ -140,6 +144,11 @@ class AdaptStep(Callback):
     mean accuracies. A network that was compiled goes on uncompiled after a change.
 
     For modules that have a `network`, such as `Classifier`, on batches of images and labels.
+
+    Args:
+        every: steps between two comparisons.
+        tolerance: difference of accuracies up to which the functions are the same, in (0, 1).
+        finest: m of the smallest step h = 1/m.
 
     >>> AdaptStep(every=100).tolerance
     0.1

@@ -45,6 +45,10 @@ class Refine(Callback):
 
     For modules that have a `network`, such as `Classifier`, trained by one process.
 
+    Args:
+        epochs: epochs before which the network is refined, increasing, the first is 0.
+        factor: layers that each becomes, or steps; at least 2.
+
     >>> Refine(epochs=[20, 40]).factor
     2
 

@@ -1,6 +1,5 @@
 """Predictions in a file: a row an image, which says which image it is, what it is, and what the network takes it for."""
 
-import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch.distributed as dist
 from pytorch_lightning.callbacks import BasePredictionWriter
 from torch import Tensor
 
-from continuum.files import whole_file
+from continuum.files import write_csv
 from continuum.training.batches import KeyedBatches
 from continuum.training.data import ImageData
 
@@ -52,8 +51,7 @@ class WritePredictions(BasePredictionWriter):
         beside = Path(trainer.ckpt_path).parent if trainer.ckpt_path else None
         path = Path(self.folder or beside or trainer.log_dir or trainer.default_root_dir) / "predictions.csv"
         data = getattr(trainer, "datamodule", None)
-        with whole_file(path) as temporary, open(temporary, "w", newline="") as file:
-            csv.writer(file).writerows(_rows(dict(sorted(found.items())), data if isinstance(data, ImageData) else None))
+        write_csv(_rows(dict(sorted(found.items())), data if isinstance(data, ImageData) else None), path)
         print(f"predictions: {path}")
 
 

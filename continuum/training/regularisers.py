@@ -13,8 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from continuum.augmented import Integrand
 from continuum.flow import Flow
+from continuum.integral import Integrand
 from continuum.models import Network
 from continuum.solvers import Adaptive
 from continuum.types import State, Time
@@ -26,6 +26,10 @@ class DepthSmoothness:
 
     With it, and not without, the best weights of ever more layers converge to those of an ODE. It takes the place of weight
     decay in those flows.
+
+    Args:
+        weight: factor in the loss, at least 0.
+        tau: factor of the size of the first weights, |theta(0)|^2, at least 0.
 
     Raises:
         ValueError: a negative weight or tau; when called, layers of several kinds.
@@ -65,6 +69,10 @@ class Transport:
     |e^T df/dx|^2 is the squared Frobenius norm of the Jacobian in the mean. Paths of little energy are nearly straight, with
     nearly constant speed, and take an adaptive solver few steps. The Jacobian costs a backward pass an evaluation, and
     derivatives that torch.compile does not trace; 0 leaves it out.
+
+    Args:
+        kinetic: factor of |f|^2, at least 0.
+        jacobian: factor of |e^T df/dx|^2, at least 0.
 
     Raises:
         ValueError: a negative weight, or two zeros.

@@ -20,7 +20,7 @@ from continuum.fields import Momentum
 from continuum.flow import Flow
 from continuum.models import Network
 from continuum.models.fractal import FractalStages
-from continuum.models.network import Blueprint, transit
+from continuum.models.network import Blueprint
 from continuum.schemes import RK4, Euler, EulerMaruyama
 from continuum.solvers import FixedStep, Solver, parse
 from continuum.types import Images, Logits, State
@@ -160,22 +160,21 @@ def _loop(network: Network, images: Images) -> Iterator[Layer]:
 
 def _states(network: Network, images: Images) -> Iterator[State]:
     """The states of the network itself, after every layer that its plain loop names."""
-    x, previous = network.stem(images), None
-    yield x
-    for stage in network.stages:
-        if isinstance(stage, Flow):
-            _, *states = stage.states(x, previous)
-            x, previous = states[-1], None
-        elif isinstance(stage, FractalStages):
-            states: list[State] = []
-            hook = stage.pool.register_forward_hook(lambda module, inputs, output, states=states: states.append(output))
-            x = stage(x)
-            hook.remove()
-        else:
-            x, previous = transit(stage, x)
-            states = [x]
-        yield from states
-    yield network.head(x)
+    inside: list[State] = []
+
+    def end(flow: Flow, x: State, previous: State | None) -> State:
+        inside.extend(flow.states(x, previous)[1:])
+        return inside[-1]
+
+    def pooled(module: nn.Module, inputs: tuple[State, ...], output: State) -> None:
+        inside.append(output)
+
+    hooks = [stage.pool.register_forward_hook(pooled) for stage in network.stages if isinstance(stage, FractalStages)]
+    for _, _, x in network.walk(images, end):
+        yield from inside or [x]
+        inside.clear()
+    for hook in hooks:
+        hook.remove()
 
 
 @dataclass

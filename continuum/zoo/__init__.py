@@ -1,5 +1,7 @@
 """Published networks, each as field x weights x scheme; one short function a network.
 
+Each takes images (batch, in_channels, height, width), `mlp` vectors (batch, features), and returns logits (batch, num_classes).
+
 | function                  | arXiv      | field                    | weights         | scheme or solver  | noise              |
 | ------------------------- | ---------- | ------------------------ | --------------- | ----------------- | ------------------ |
 | `resnet`                  | 1512.03385 | relu(x + F(x)) - x       | one set a layer | Euler             |                    |

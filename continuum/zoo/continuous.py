@@ -29,6 +29,14 @@ def continuous_resnet(
     weights the flow has `size` layers, and Euler with h = 1 is a residual network; with "hat" its depth is size - 1 and the
     nodes are integers; with the others it is `size`, and the branches have GroupNorm (only nodes can keep statistics).
 
+    Args:
+        size: number of basis functions of each flow.
+        basis: "constant", one set of weights a layer, or a basis of functions of depth.
+        num_classes: number of logits.
+        width: channels of the first stage, doubling from stage to stage.
+        in_channels: channels of the images.
+        solver: solver of every flow, or its text.
+
     Raises:
         ValueError: an unknown basis, or a size that it cannot have; with GroupNorm, images of less than 5 x 5 pixels.
     """
@@ -74,6 +82,14 @@ def odenet(
     Images have at least 10 x 10 pixels, or with three stages 8 x 8: a smaller state is one pixel, of which GroupNorm leaves
     signs only.
 
+    Args:
+        stages: 1, for images of digits, or 3, for CIFAR.
+        num_classes: number of logits.
+        width: channels of the first stage, doubling from stage to stage.
+        in_channels: channels of the images.
+        downsample: take images to a quarter of their size in the stem; False keeps the size.
+        solver: solver of every flow, or its text.
+
     Raises:
         ValueError: other numbers of stages; in the forward pass, smaller images.
     """
@@ -100,6 +116,14 @@ def mlp(
     augment: int = 0,
     solver: Solver | str = "dopri5:rtol=1e-3,atol=1e-3",
 ) -> Network:
-    """A flow on vectors (batch, features) for toy problems: `augment` zeros appended, an MLP field, a linear head."""
+    """A flow on vectors (batch, features) for toy problems: `augment` zeros appended, an MLP field, a linear head.
+
+    Args:
+        features: numbers of an input, (batch, features).
+        num_classes: number of logits.
+        hidden: features of the hidden layer.
+        augment: zeros that are appended to an input.
+        solver: solver of every flow, or its text.
+    """
     size = features + augment
     return Network(Augment(augment), [Flow(MLP(size, hidden), solver, depth=1)], nn.Linear(size, num_classes))

@@ -24,6 +24,14 @@ def fractalnet(
     rate of each block. A block maps between different numbers of channels, so it is no step of an equation and has no solver;
     `fractal_resnet` has blocks that are. Images need a height and width of 2^len(widths) or more.
 
+    Args:
+        columns: depth of a block: 2^columns - 1 convolutions.
+        widths: channels of each block.
+        dropout: rate in each block, in [0, 1).
+        drop_path: rate at which an input of a join is dropped, in [0, 1).
+        num_classes: number of logits.
+        in_channels: channels of the images.
+
     Raises:
         ValueError: no column, another number of dropout rates than widths, or a rate outside [0, 1).
     """

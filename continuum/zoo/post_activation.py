@@ -37,6 +37,14 @@ def resnet(
     Blocks that change the size have the shortcut A, subsampling and zero channels, or B, a 1x1 convolution. Under Euler with
     h = 1 it is the discrete network. Images are (batch, in_channels, height, width).
 
+    Args:
+        depth: layers with weights, 6 n + 2.
+        num_classes: number of logits.
+        width: channels of the first stage, doubling from stage to stage.
+        in_channels: channels of the images.
+        shortcut: of blocks that change the size: "A", subsampling and zero channels, or "B", a 1x1 convolution.
+        solver: solver of every flow, or its text.
+
     Raises:
         ValueError: depth is not 6 n + 2, or an unknown shortcut.
     """
@@ -54,6 +62,15 @@ def se_resnet(
     solver: Solver | str = "euler",
 ) -> Network:
     """`resnet` with squeeze and excitation on every branch (arXiv 1709.01507).
+
+    Args:
+        depth: layers with weights, 6 n + 2.
+        num_classes: number of logits.
+        width: channels of the first stage, doubling from stage to stage.
+        in_channels: channels of the images.
+        reduction: channels of a block over those inside its squeeze and excitation.
+        shortcut: of blocks that change the size: "A", subsampling and zero channels, or "B", a 1x1 convolution.
+        solver: solver of every flow, or its text.
 
     Raises:
         ValueError: depth is not 6 n + 2, an unknown shortcut, or a reduction of more than `width`.
@@ -78,6 +95,15 @@ def resnext(
     """ResNeXt-`depth`, `cardinality` x `group_width`d, for CIFAR (arXiv 1611.05431): bottlenecks with grouped convolutions.
 
     Stages have 4 `width` channels, doubling, and cardinality x group_width inside (for width 64), doubling too.
+
+    Args:
+        depth: layers with weights, 9 n + 2.
+        num_classes: number of logits.
+        cardinality: number of groups of the 3x3 convolution.
+        group_width: channels of each group in the first stage, for `width` 64.
+        width: a quarter of the channels of the first stage, which double.
+        in_channels: channels of the images.
+        solver: solver of every flow, or its text.
 
     Raises:
         ValueError: depth is not 9 n + 2, no group, or a `group_width` so small that groups have no channel.
@@ -143,6 +169,18 @@ def imagenet_resnet(
     `groups=32, group_width=4`, a wide ResNet-50-2 `group_width=128`. A `dilated` stage (the second, third, fourth) keeps the
     size and spreads its convolutions. The stem "cifar" is a 3x3 convolution without pooling.
 
+    Args:
+        depth: 18, 34, 50, 101 or 152 layers with weights; ignored where `blocks` are given.
+        num_classes: number of logits.
+        blocks: blocks of each of the four stages, together with `block`.
+        block: "basic" or "bottleneck", for `blocks`.
+        groups: groups of the 3x3 convolution of a bottleneck.
+        group_width: channels of each group in the first stage.
+        dilated: whether the second, third and fourth stage keep the size, with dilated convolutions.
+        stem: "imagenet", a 7x7 convolution and pooling, or "cifar", a 3x3 convolution.
+        in_channels: channels of the images.
+        solver: solver of every flow, or its text.
+
     Raises:
         ValueError: an unknown depth, or basic blocks with groups, another group width or dilation.
     """
@@ -197,6 +235,14 @@ def polynet(
 
     Stage i has blocks[i] modules, which take turns in modules[i]: 2-way is F + G, poly-2 is F + F F, poly-3 is F + F F + F F F,
     mpoly-2 is F + G F. The stages of Very Deep PolyNet are the default; its numbers of blocks are (10, 20, 10).
+
+    Args:
+        blocks: modules of each stage.
+        modules: kinds of modules of each stage, which take turns.
+        num_classes: number of logits.
+        width: channels of the first stage, doubling from stage to stage.
+        in_channels: channels of the images.
+        solver: solver of every flow, or its text.
 
     Raises:
         ValueError: an unknown module, or not as many lists of modules as stages.

@@ -40,6 +40,15 @@ def preresnet(
     h = 1 it is the discrete network. The blocks that change the size are plain residual steps on a projected shortcut. The
     others may be scaled by a constant, as in Inception-ResNet (arXiv 1602.07261).
 
+    Args:
+        depth: layers with weights, 6 n + 2, or 9 n + 2 for bottlenecks.
+        num_classes: number of logits.
+        width: channels of the first stage, doubling from stage to stage.
+        in_channels: channels of the images.
+        block: "basic", two 3x3 convolutions, or "bottleneck", 1x1, 3x3 and 1x1 with four times as many channels outside.
+        scale: constant factor of the blocks that keep the size.
+        solver: solver of every flow, or its text.
+
     Raises:
         ValueError: depth is not 6 n + 2, or 9 n + 2 for bottlenecks.
     """
@@ -65,6 +74,14 @@ def lm_resnet(
 
     The very first block is a plain residual step and has no k; nor have those that change the size.
 
+    Args:
+        depth: layers with weights, 6 n + 2, or 9 n + 2 for bottlenecks.
+        num_classes: number of logits.
+        width: channels of the first stage, doubling from stage to stage.
+        in_channels: channels of the images.
+        block: "basic", two 3x3 convolutions, or "bottleneck", 1x1, 3x3 and 1x1 with four times as many channels outside.
+        solver: solver of every flow, or its text.
+
     Raises:
         ValueError: depth is not 6 n + 2, or 9 n + 2 for bottlenecks, with n >= 2: else no block has a k.
     """
@@ -88,6 +105,15 @@ def lm_resnext(
     solver: Solver | str = "linear_two_step",
 ) -> Network:
     """LM-ResNeXt (arXiv 1710.10121): `lm_resnet` with ResNeXt's grouped bottlenecks in pre-activation form.
+
+    Args:
+        depth: layers with weights, 9 n + 2.
+        num_classes: number of logits.
+        cardinality: number of groups of the 3x3 convolution.
+        group_width: channels of each group in the first stage, for `width` 64.
+        width: a quarter of the channels of the first stage, which double.
+        in_channels: channels of the images.
+        solver: solver of every flow, or its text.
 
     Raises:
         ValueError: depth is not 9 n + 2 with n >= 2, no group, or a `group_width` so small that groups have no channel.
@@ -115,6 +141,14 @@ def momentum_resnet(
 
     In its two-step form, x_{n+1} = (1 + gamma) x_n - gamma x_{n-1} + (1 - gamma) f(x_n): LM-ResNet with k = -gamma, not
     learnt. Every step can be undone, so that `linear_two_step:h=1,gradient=reversible` trains it without stored states.
+
+    Args:
+        depth: layers with weights, 6 n + 2.
+        num_classes: number of logits.
+        width: channels of the first stage, doubling from stage to stage.
+        in_channels: channels of the images.
+        gamma: momentum, in (0, 1).
+        solver: solver of every flow, or its text.
 
     Raises:
         ValueError: depth is not 6 n + 2, or gamma is outside (0, 1).
@@ -147,6 +181,14 @@ def wide_resnet(
     changes the width, and shares its first BN-ReLU with its shortcut. With dropout, an adaptive solver integrates it in
     evaluation mode only.
 
+    Args:
+        depth: layers with weights, 6 n + 4.
+        widen: factor of the channels 16, 32 and 64.
+        num_classes: number of logits.
+        dropout: rate between the two convolutions of a block, in [0, 1).
+        in_channels: channels of the images.
+        solver: solver of every flow, or its text.
+
     Raises:
         ValueError: depth is not 6 n + 4, or dropout is not in [0, 1).
         TypeError: dropout and an adaptive solver.
@@ -175,6 +217,13 @@ def fractal_resnet(
 ) -> Network:
     """`preresnet` with two-column fractal blocks x + f1(x) / 2 + f2(x + f1(x)): Runge-Kutta steps of two stages, each with
     weights of its own (arXiv 1605.07648, as read in arXiv 1710.10121).
+
+    Args:
+        depth: layers with weights, 6 n + 2.
+        num_classes: number of logits.
+        width: channels of the first stage, doubling from stage to stage.
+        in_channels: channels of the images.
+        solver: solver of every flow, or its text.
 
     Raises:
         ValueError: depth is not 6 n + 2.

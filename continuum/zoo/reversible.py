@@ -53,6 +53,14 @@ def revnet(
     Three stages of (depth - 2) / 12 blocks; the blocks that change the size are no reversible ones. RevNet-110 has the widths
     (32, 64, 128). At the published `scale` 1 undoing many blocks with batch statistics loses digits; a scale of 0.1 keeps them.
 
+    Args:
+        depth: layers with weights, 12 n + 2.
+        num_classes: number of logits.
+        widths: channels of the three stages, not decreasing; even, for they are halved.
+        in_channels: channels of the images.
+        scale: constant factor of the branches.
+        solver: solver of every flow, or its text.
+
     Raises:
         ValueError: depth is not 12 n + 2, or an odd number of channels.
     """
@@ -84,6 +92,14 @@ def hamiltonian(
     y+ = y + h K1^T relu(K1 z + b1), z+ = z - h K2^T relu(K2 y+ + b2). Three stages of (depth - 2) / 12 blocks, of which the
     first block of the second and third stage still has the channels of the stage before.
 
+    Args:
+        depth: layers with weights, 12 n + 2.
+        num_classes: number of logits.
+        widths: channels of the three stages, not decreasing; even, for they are halved.
+        in_channels: channels of the images.
+        h: factor of every branch, the step size of the published network.
+        solver: solver of every flow, or its text.
+
     Raises:
         ValueError: depth is not 12 n + 2, or an odd number of channels.
     """
@@ -105,6 +121,16 @@ def midpoint(
 
     Three stages of (depth - 2) / 6 blocks, cut as in `hamiltonian`. A stage starts with a step of Euler's, or, as the
     paper starts its leapfrog, as if the state before were "zero".
+
+    Args:
+        depth: layers with weights, 6 n + 2.
+        num_classes: number of logits.
+        widths: channels of the three stages, not decreasing.
+        in_channels: channels of the images.
+        h: factor of every branch, the step size of the published network.
+        gamma: damping of every layer, at least 0.
+        start: "euler", a step of Euler's first, or "zero", as if the state before were zero.
+        solver: solver of every flow, or its text.
 
     Raises:
         ValueError: depth is not 6 n + 2, a negative gamma, or an unknown start.
@@ -133,6 +159,15 @@ def leapfrog(
     Y+ = Y + v+. Three stages of (depth - 2) / 6 blocks, cut as in `hamiltonian`. A stage starts as if the state before
     were "zero", as published, or from "rest".
 
+    Args:
+        depth: layers with weights, 6 n + 2.
+        num_classes: number of logits.
+        widths: channels of the three stages, not decreasing.
+        in_channels: channels of the images.
+        h: factor of every branch, the step size of the published network.
+        start: "zero", as if the state before were zero, or "rest", at velocity zero.
+        solver: solver of every flow, or its text.
+
     Raises:
         ValueError: depth is not 6 n + 2, or an unknown start.
     """
@@ -157,6 +192,15 @@ def antisymmetric(
     """The stable network Y+ = Y + h relu((K - K^T - gamma I) Y + b) (arXiv 1705.03341), which neither explodes nor vanishes.
 
     Three stages of (depth - 2) / 6 blocks, cut as in `hamiltonian`. Euler's steps need the damping gamma > 0.
+
+    Args:
+        depth: layers with weights, 6 n + 2.
+        num_classes: number of logits.
+        widths: channels of the three stages, not decreasing.
+        in_channels: channels of the images.
+        h: factor of every branch, the step size of the published network.
+        gamma: damping of every layer, at least 0.
+        solver: solver of every flow, or its text.
 
     Raises:
         ValueError: depth is not 6 n + 2, or a negative gamma.

@@ -43,6 +43,15 @@ def stochastic_depth_resnet(
     Block l of L, transitions included, survives with p_l = 1 - l / L (1 - `last`), drawn once a mini-batch or, with `per`
     "image", once an image. Otherwise `resnet`, but for its shortcut: averages of 2x2 pixels and zero channels.
 
+    Args:
+        depth: layers with weights, 6 n + 2.
+        num_classes: number of logits.
+        width: channels of the first stage, doubling from stage to stage.
+        in_channels: channels of the images.
+        last: probability that the last block survives, in (0, 1].
+        per: what shares a draw: the whole "batch", or each "image" has its own.
+        solver: solver of every flow, or its text.
+
     Raises:
         ValueError: depth is not 6 n + 2, `last` is outside (0, 1], or an unknown per.
     """
@@ -77,6 +86,16 @@ def shake_shake(
     stage changes the channels on a shortcut of two shifted paths, and its branches are shaken as the others are. The modes are
     those of `ShakeShake`: "shake" backward draws other coefficients for the gradients. Training with Brownian increments needs
     backward_mode="keep".
+
+    Args:
+        depth: layers with weights, 6 n + 2.
+        width: channels of the first stage, doubling from stage to stage.
+        num_classes: number of logits.
+        in_channels: channels of the images.
+        forward_mode: coefficients of the forward pass: "shake" draws them, "even" is 1/2.
+        backward_mode: of the backward pass: "shake" draws others, "even" is 1/2, "keep" those of the forward pass.
+        per: what shares a draw: the whole "batch", or each "image" has its own.
+        solver: solver of every flow, or its text.
 
     Raises:
         ValueError: depth is not 6 n + 2, an odd width, an unknown mode or per.
@@ -113,6 +132,15 @@ def stochastic_lm_resnet(
     In evaluation mode b / p is 1. Of N blocks with transitions, block i survives with p = 1 - i / (N - 1) (1 - `last`): the
     very first one, i = 0, which has no k, always. Only branches are dropped, never what is kept of the two states before.
 
+    Args:
+        depth: layers with weights, 6 n + 2.
+        num_classes: number of logits.
+        width: channels of the first stage, doubling from stage to stage.
+        in_channels: channels of the images.
+        last: probability that the last block survives, in (0, 1].
+        per: what shares a draw: the whole "batch", or each "image" has its own.
+        solver: solver of every flow, or its text.
+
     Raises:
         ValueError: depth is not 6 n + 2, `last` is outside (0, 1], or an unknown per.
     """
@@ -148,6 +176,14 @@ def dropout_resnet(
 
     Every entry of f has noise of its own (arXiv 1812.00174, 1906.02355). Blocks that change the size have none.
 
+    Args:
+        depth: layers with weights, 6 n + 2.
+        num_classes: number of logits.
+        width: channels of the first stage, doubling from stage to stage.
+        in_channels: channels of the images.
+        rate: share q of the entries that are dropped, in [0, 1).
+        solver: solver of every flow, or its text.
+
     Raises:
         ValueError: depth is not 6 n + 2, or a rate outside [0, 1).
     """
@@ -172,6 +208,15 @@ def neural_sde(
 
     `odenet` with one flow and noise on every entry of its state, which is published with ten Euler-Maruyama steps. With
     `downsample=False` its stem is a single convolution; otherwise images have at least 10 x 10 pixels.
+
+    Args:
+        num_classes: number of logits.
+        width: channels of the flow.
+        in_channels: channels of the images.
+        sigma: size of the noise, for one unit of depth.
+        kind: "additive", sigma dB, or "multiplicative", sigma x dB.
+        downsample: take images to a quarter of their size in the stem; False keeps the size.
+        solver: solver of every flow, or its text.
 
     Raises:
         ValueError: a negative sigma, or an unknown kind; in the forward pass, smaller images.

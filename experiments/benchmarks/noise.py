@@ -3,7 +3,7 @@
 Everything alternates, and figures are medians of the ratios of neighbours. Run as
 
     OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456 \
-        python experiments/benchmarks/noise.py --out experiments/results/noise_cost.json
+        python -m experiments.benchmarks.noise --out experiments/benchmarks/results/noise_cost.json
 
 (the allocator settings keep page faults out of the measurement), with the machine otherwise idle.
 """
@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchsde
@@ -25,11 +26,12 @@ from torch.nn.functional import cross_entropy
 import continuum
 from continuum import Autonomous, Brownian, Field, FixedStep
 from continuum.fields import PreActivation
-from continuum.files import whole_file
+from continuum.files import write_json
 from continuum.noise import Dropout, StochasticDepth, StochasticField
 from continuum.noise.base import stochastic_fields
 from continuum.schemes import EulerMaruyama
 from continuum.types import State
+from experiments.common import table
 
 STEPS = 8
 SHAPES = ((16, 32, 32), (32, 16, 16), (64, 8, 8))
@@ -145,6 +147,18 @@ def saving(pairs: int, depth: int, batch_size: int) -> dict[str, float]:
     }
 
 
+def report(content: dict[str, Any]) -> str:
+    solvers = [name for name in content["step"][0] if name not in ("state", "noise", "backward")]
+    rows = []
+    for row in content["step"]:
+        way = "forward and backward" if row["backward"] else "forward"
+        rows.append([row["state"], row["noise"], way, *(f"{row[solver]:.2f}" for solver in solvers)])
+    saved, dropped = (100 * content["stochastic depth"][name] for name in ("saved", "dropped"))
+    names = [f"`{solver}`".replace("'", '"') for solver in solvers]
+    saving = f"stochastic depth: {saved:.1f} % of the time saved, {dropped:.1f} % of the layers dropped"
+    return f"{table(['state', 'noise', 'pass', *names], rows)}\n\n{saving}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=21)
@@ -172,10 +186,9 @@ def main() -> None:
         "machine": f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} thread",
         "torch": torch.__version__,
     }
-    print(json.dumps(result["stochastic depth"]))
+    print(report(result))
     if options.out:
-        with whole_file(options.out) as temporary:
-            temporary.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(result, options.out)
 
 
 if __name__ == "__main__":

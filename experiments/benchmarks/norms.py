@@ -1,6 +1,6 @@
 """What the error norm means for a single image: evaluations, and the worst image's error in units of the tolerance.
 
-    python experiments/benchmarks/norms.py --out experiments/results/norms.json
+    python -m experiments.benchmarks.norms --out experiments/benchmarks/results/norms.json
 
 64 images of 8 numbers in float64 under dopri5, by the norm over the batch, the norm of the worst image, and steps of each image
 alone (torchode). Decay: x' = -r x with rates from 0.1 to 32, up to depth 1. Tanh: x' = B tanh(A x + a), random, up to depth 2,
@@ -9,7 +9,6 @@ end moves when it is solved alone.
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 import continuum
 from continuum import Adaptive, Autonomous, Field, Flow
-from continuum.files import whole_file
+from continuum.files import write_json
 
 IMAGES, FEATURES = 64, 8
 SOLVERS: dict[str, dict[str, Any]] = {
@@ -84,8 +83,7 @@ def main() -> None:
         print(f"| {row['problem']} | {row['tolerance']:g} | {row['norm']} | {row['evaluations']} | {' | '.join(numbers)} |")
     if options.out:
         content = {"seed": options.seed, "torch": torch.__version__, "continuum": continuum.__version__, "rows": table}
-        with whole_file(options.out) as temporary:
-            temporary.write_text(json.dumps(content, indent=1) + "\n")
+        write_json(content, options.out)
 
 
 if __name__ == "__main__":

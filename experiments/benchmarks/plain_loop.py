@@ -3,7 +3,7 @@
 Both run the same modules on the same images; steps alternate, and the figure is the median of the ratios of neighbours. Run as
 
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456 \
-        python experiments/benchmarks/plain_loop.py --out experiments/results/plain_loop.json
+        python -m experiments.benchmarks.plain_loop --out experiments/benchmarks/results/plain_loop.json
 
 (the allocator settings keep page faults out of the measurement), with the machine otherwise idle.
 """
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import continuum
-from continuum.files import whole_file
+from continuum.files import write_json
 
 
 class PlainResNet(nn.Module):
@@ -96,8 +96,7 @@ def main() -> None:
     }
     print(json.dumps(result, indent=1))
     if options.out:
-        with whole_file(options.out) as temporary:
-            temporary.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(result, options.out)
 
 
 if __name__ == "__main__":

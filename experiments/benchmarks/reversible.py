@@ -1,6 +1,6 @@
 """Reversible gradients: peak memory against the number of layers, and the digits that undoing the steps costs.
 
-    OMP_NUM_THREADS=1 python experiments/benchmarks/reversible.py --out experiments/results/reversible.json
+    OMP_NUM_THREADS=1 python -m experiments.benchmarks.reversible --out experiments/benchmarks/results/reversible.json
 
 Memory is the peak of all tensors alive in a forward and backward pass, without parameters and their gradients: counted by
 operator on a CPU, `max_memory_allocated` on a GPU. Undone is the relative error of the first state after stepping through all
@@ -9,7 +9,6 @@ those in float64, for scale.
 """
 
 import argparse
-import json
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +20,9 @@ from torch import Tensor
 from continuum import Autonomous, Coupled, FixedStep, Flow, PiecewiseConstant
 from continuum.analysis import peak_memory
 from continuum.fields import Antisymmetric, Field, Hamiltonian, PreActivation
-from continuum.files import whole_file
+from continuum.files import write_json
 from continuum.schemes import Coupling, ReversibleScheme, TwoStepMidpoint, Verlet
+from experiments.common import table
 
 CHANNELS, SIZE, BATCH = 32, 16, 16
 
@@ -100,6 +100,21 @@ def errors(name: str, scale: float, device: torch.device) -> list[dict[str, Any]
     ]
 
 
+def report(content: dict[str, Any]) -> str:
+    rows = []
+    for name, memory in content["memory_mib"].items():
+        layers = list(memory["direct"])
+        rows.append([name, *(f"{memory['direct'][n]:.1f} / {memory['reversible'][n]:.2f}" for n in layers)])
+    first = table(["MiB, stored / rebuilt states", *(f"{n} layers" for n in layers)], rows)
+    rows = []
+    for name, errors in content["errors_over_100_layers"].items():
+        for row in errors:
+            stored = f"{row['stored_gradient_against_float64']:.1e}" if row["dtype"] == "float32" else "-"
+            rows.append([name, f"{row['scale']:g}", row["dtype"], f"{row['undone']:.1e}", f"{row['gradient']:.1e}", stored])
+    headings = ["100 layers", "scale", "precision", "first state rebuilt", "gradient", "stored gradient against float64"]
+    return f"{first}\n\n{table(headings, rows)}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
@@ -125,8 +140,8 @@ def main() -> None:
         content["errors_over_100_layers"][name] = [row for scale in scales for row in errors(name, scale, device)]
         for row in content["errors_over_100_layers"][name]:
             print(f"  {row}", flush=True)
-    with whole_file(options.out) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
+    print(report(content))
+    write_json(content, options.out)
 
 
 if __name__ == "__main__":

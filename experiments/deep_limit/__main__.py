@@ -141,7 +141,7 @@ def figure(experiment: Experiment) -> None:
             slope = [means[0] * layers[0] / n for n in layers]
         lines.append(Line("slope -1", layers, slope, "reference"))
         panels.append(Axes(title, "layers N", "relative distance to the next N", lines, "log", "log"))
-    experiment.draw(panels)
+    experiment.plot(panels)
 
 
 def main() -> None:

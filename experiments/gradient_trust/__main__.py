@@ -130,7 +130,7 @@ def figure(experiment: Experiment) -> None:
     for trained in settings["training"]:
         runs = [row["losses"] for row in experiment.chosen(trained=trained)]
         curves.append(Line(trained, epochs, [sum(values) / len(values) for values in zip(*runs, strict=True)]))
-    experiment.draw([Axes("mean over the seeds", "epoch", "training loss", curves)])
+    experiment.plot([Axes("mean over the seeds", "epoch", "training loss", curves)])
 
 
 def main() -> None:

@@ -108,7 +108,7 @@ def figure(experiment: Experiment) -> None:
     for name in networks(experiment.settings):
         counts = experiment.chosen(network=name, seed=first)[0]["evaluations"]
         lines.append(Line(name, list(range(1, len(counts) + 1)), counts))
-    experiment.draw([Axes(f"cost over training, seed {first}", "epoch", "evaluations of the field", lines)])
+    experiment.plot([Axes(f"cost over training, seed {first}", "epoch", "evaluations of the field", lines)])
 
 
 def main() -> None:

@@ -153,7 +153,7 @@ def figure(experiment: Experiment) -> None:
         Axes("defect of one step", "h (layers)", "relative to the state", [*measured, *predicted], "log", "log"),
         Axes("measured and predicted", "h (layers)", "relative difference", [*differences, slope], "log", "log"),
     ]
-    experiment.draw(panels)
+    experiment.plot(panels)
 
 
 def main() -> None:

@@ -64,7 +64,7 @@ def figure(experiment: Experiment) -> None:
     over_depth = [Line(f"seed {row['seed']}", list(range(1, len(row["places"]) + 1)), row["k"][-1]) for row in runs]
     epochs = list(range(len(runs[0]["k"])))
     over_training = [Line(place, epochs, [k[index] for k in runs[0]["k"]]) for index, place in enumerate(runs[0]["places"])]
-    experiment.draw(
+    experiment.plot(
         [
             Axes("k after training", "layer with memory, from the first to the last", "k", over_depth),
             Axes("k during training, seed 0", "epoch", "k", over_training),

@@ -73,7 +73,7 @@ def figure(experiment: Experiment) -> None:
         settings["training"],
         values,
     )
-    experiment.draw([panel])
+    experiment.plot([panel])
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 import continuum
 from continuum.analysis.compare import Row, compare_solvers, write_csv, write_json
 from continuum.analysis.memory import peak_memory
-from continuum.analysis.plots import draw_comparison, draw_steps
+from continuum.analysis.plots import plot_comparison, plot_steps
 from continuum.solvers import parse
 
 CPU = torch.device("cpu")
@@ -52,7 +52,7 @@ def test_stochastic_solvers_run_over_paths_and_deterministic_ones_on_the_drift(
     assert again[1].loss == rows[1].loss
     write_csv(rows, tmp_path / "rows.csv")
     assert "accuracy_deviation" in (tmp_path / "rows.csv").read_text()
-    draw_comparison(rows, tmp_path / "rows.png")
+    plot_comparison(rows, tmp_path / "rows.png")
 
 
 def test_peak_memory_is_what_lives_at_once() -> None:
@@ -131,14 +131,14 @@ def test_a_solver_that_fails_has_its_reason_and_the_others_go_on(
     content = json.loads((tmp_path / "rows.json").read_text())
     assert content["seed"] == 0
     assert content["rows"][1]["accuracy"] is None
-    draw_comparison(rows, tmp_path / "rows.png")
+    plot_comparison(rows, tmp_path / "rows.png")
     assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_steps_are_drawn_where_a_solver_chose_them(tmp_path: Path) -> None:
     even = Row("rk4:h=0.5", evaluations=8, grids=[[0.0, 0.5, 1.0]])
     chosen = Row("dopri5", evaluations=20, grids=[[0.0, 0.1, 1.0]])
-    assert not draw_steps([even], tmp_path / "steps.png")
+    assert not plot_steps([even], tmp_path / "steps.png")
     assert not (tmp_path / "steps.png").exists()
-    assert draw_steps([even, chosen], tmp_path / "steps.png")
+    assert plot_steps([even, chosen], tmp_path / "steps.png")
     assert (tmp_path / "steps.png").is_file()

@@ -18,7 +18,7 @@ from torch import Tensor
 import continuum
 from continuum import Autonomous, FixedStep, Flow, Momentum, PiecewiseConstant, zoo
 from continuum.analysis.convergence import order
-from continuum.analysis.plots import draw_weak
+from continuum.analysis.plots import plot_weak
 from continuum.analysis.stochastic import limit_moment, linear_moment, strong_errors, weak_errors
 from continuum.analysis.weak import weak_report
 from continuum.cli import main
@@ -596,7 +596,7 @@ def test_the_command(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_picture_of_layers_without_noise_and_of_zeros(here: Path) -> None:
     network = small_network(StochasticDepth(TANH, 1.0), Gaussian(TANH, 0.0))
-    draw_weak(weak_report(network, pictures(), 2, 2, 0), "weak.png")
+    plot_weak(weak_report(network, pictures(), 2, 2, 0), "weak.png")
     assert Path("weak.png").stat().st_size > 5000
 
 

@@ -17,14 +17,9 @@ from continuum.cli.compare import compare_parser
 from continuum.cli.parser import COMMANDS, LIGHTNING, Parser
 from continuum.training import Classifier, ImageData
 
-
-@pytest.fixture(autouse=True)
-def command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(sys, "argv", ["continuum"])
-    monkeypatch.chdir(tmp_path)
-
-
+pytestmark = pytest.mark.usefixtures("command_line")
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+CONFIGS = [EXPERIMENTS / "digits.yaml", *sorted((EXPERIMENTS / "cifar10").glob("*.yaml"))]
 
 NETWORK = """
 model:
@@ -232,7 +227,7 @@ def test_missing_files_and_data(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert "<class>" in message
 
 
-@pytest.mark.parametrize("config", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_the_configs_of_the_experiments_parse(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         run("fit", "--config", str(config), "--print_config")

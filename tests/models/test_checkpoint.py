@@ -1,14 +1,13 @@
 """Networks in files: what is read is what was written, or one line says why not."""
 
 import contextlib
-import os
 import random
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from files import DiskFullError, Malicious, failing
 from problems import FLOAT64
 from torch import nn
 
@@ -103,10 +102,6 @@ def test_a_folder_is_made_and_nothing_else_left_behind(tmp_path):
     assert [p.name for p in (tmp_path / "new" / "deep").iterdir()] == ["network.pt"]
 
 
-class DiskFullError(Exception):
-    pass
-
-
 @pytest.mark.parametrize("error", [DiskFullError, KeyboardInterrupt])
 @pytest.mark.parametrize("existed", [True, False])
 def test_a_failure_while_writing_leaves_the_old_file(path, monkeypatch, existed, error):
@@ -114,11 +109,7 @@ def test_a_failure_while_writing_leaves_the_old_file(path, monkeypatch, existed,
         save(mlp(hidden=4), path)
     before = path.read_bytes() if existed else None
 
-    def fails(content, target, *args, **kwargs):
-        Path(target).write_bytes(b"half a file")
-        raise error
-
-    monkeypatch.setattr(torch, "save", fails)
+    monkeypatch.setattr(torch, "save", failing(error))
     with pytest.raises(error):
         save(mlp(hidden=8), path)
     assert [p.name for p in path.parent.iterdir()] == (["network.pt"] if existed else [])
@@ -185,14 +176,6 @@ def test_a_file_with_a_hole(path, position):
     path.write_bytes(whole[:start] + bytes(64) + whole[start + 64 :])
     with contextlib.suppress(CheckpointError):  # no error where the hole falls on padding or on numbers, which nothing guards
         load(path)
-
-
-class Malicious:
-    def __init__(self, target):
-        self.target = target
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.target),)
 
 
 @pytest.mark.parametrize("zipped", [True, False])

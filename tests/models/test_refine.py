@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
+from networks import build
 from problems import FLOAT64, tanh_layers
 from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
+from runs import StopAt, quiet_trainer
 from torch import nn
 
 import continuum
@@ -118,20 +120,19 @@ def test_flows_that_cannot_be_refined():
 
 # Networks
 
-ZOO = {
-    "preresnet": (lambda: preresnet(14, width=2), images()),
-    "rk4": (lambda: preresnet(14, width=2, solver="rk4:h=0.5"), images()),
-    "odenet": (lambda: continuum.zoo.odenet(width=2, downsample=False, solver="rk4"), images(channels=1)),
-    "mlp": (lambda: mlp(hidden=4, solver="euler:h=0.25"), images()[:, 0, 0, :2]),
-    "adaptive mlp": (lambda: mlp(hidden=4), images()[:, 0, 0, :2]),
+CASES = {
+    "preresnet": ("preresnet", {}),
+    "rk4": ("preresnet", {"solver": "rk4:h=0.5"}),
+    "odenet": ("odenet small", {"solver": "rk4"}),
+    "mlp": ("mlp", {"solver": "euler:h=0.25"}),
+    "adaptive mlp": ("mlp", {}),
 }
 
 
-@pytest.fixture(params=ZOO)
+@pytest.fixture(params=CASES)
 def inhabitant(request):
-    torch.manual_seed(0)
-    build, x = ZOO[request.param]
-    return build(), x
+    name, options = CASES[request.param]
+    return build(name, **options)
 
 
 @pytest.mark.parametrize("change", ["refine", "refine twice", "refine and project"])
@@ -310,17 +311,6 @@ class Recorded(pl.Callback):
         )
 
 
-class StopAt(pl.Callback):
-    """Raises when so many steps are done and their checkpoints are written."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
-        if trainer.global_step == self.step:
-            raise InterruptedError
-
-
 def fit(
     folder: Path,
     callbacks: list[pl.Callback],
@@ -331,16 +321,7 @@ def fit(
     """Four epochs of three batches."""
     pl.seed_everything(0)
     model = Classifier(network or preresnet(14, width=2, in_channels=1), schedule=schedule or OneCycle())
-    trainer = pl.Trainer(
-        max_epochs=4,
-        accelerator="cpu",
-        default_root_dir=folder,
-        callbacks=callbacks,
-        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(callbacks, max_epochs=4, default_root_dir=folder)
     try:
         trainer.fit(model, Digits(batch_size=20, train_size=60, crop=1, seed=0), ckpt_path=resume)
     except InterruptedError:

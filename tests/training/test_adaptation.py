@@ -6,6 +6,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
+from runs import quiet_trainer
 from torch import Tensor, nn
 
 import continuum
@@ -27,11 +28,7 @@ def fit(
     """Four steps an epoch."""
     pl.seed_everything(0)
     model = Classifier(network, learning_rate=0.01)
-    trainer = pl.Trainer(
-        max_epochs=epochs, accelerator="cpu", logger=False, default_root_dir=folder, callbacks=callbacks,
-        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks), enable_progress_bar=False,
-        enable_model_summary=False, limit_val_batches=1,
-    )  # fmt: skip
+    trainer = quiet_trainer(callbacks, max_epochs=epochs, default_root_dir=folder, limit_val_batches=1)
     trainer.fit(model, Digits(batch_size=32, train_size=128, crop=0), ckpt_path=resume)
     return model, trainer
 
@@ -127,7 +124,7 @@ def judged(rate: float, solver: str, steps: int = 1, images: Tensor | None = Non
     """The solver after so many checks on images of class 0."""
     images = torch.tensor([[-1.0, 1.0]] * 8) if images is None else images
     model = Classifier(Network(nn.Identity(), [Flow(Stiff(rate), solver, 1)], nn.Identity()))
-    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer = quiet_trainer()
     callback = AdaptStep(every=1, **options)
     for step in range(1, steps + 1):
         trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
@@ -231,7 +228,7 @@ def test_looking_leaves_no_trace(tmp_path: Path) -> None:
     network = continuum.zoo.preresnet(14, width=4, in_channels=1, solver="euler:h=0.5")
     network.stem.eval()
     model = Classifier(network)
-    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer = quiet_trainer()
     trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = 50
     images, labels = torch.randn(8, 1, 8, 8), torch.arange(8)
     network(images)
@@ -249,7 +246,7 @@ def test_looking_leaves_no_trace(tmp_path: Path) -> None:
 
 def test_what_cannot_be_adapted_or_followed_is_refused_at_setup() -> None:
     def setup(callback: pl.Callback, network: Network) -> None:
-        callback.setup(pl.Trainer(accelerator="cpu", logger=False), Classifier(network), "fit")
+        callback.setup(quiet_trainer(), Classifier(network), "fit")
 
     with pytest.raises(TypeError, match="not linear_two_step"):
         setup(AdaptStep(), lm_resnet())
@@ -264,7 +261,7 @@ def test_what_cannot_be_adapted_or_followed_is_refused_at_setup() -> None:
     with pytest.raises(TypeError, match="no flow of this network"):
         setup(LogSmoothness(), odenet("euler"))
     with pytest.raises(TypeError, match="LogSmoothness needs a module"):
-        LogSmoothness().setup(pl.Trainer(accelerator="cpu", logger=False), pl.LightningModule(), "fit")
+        LogSmoothness().setup(quiet_trainer(), pl.LightningModule(), "fit")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 from PIL import Image
 from pytorch_lightning.callbacks import ModelCheckpoint
+from runs import StopAt, quiet_trainer
 from torch import Tensor
 from torchvision import datasets
 
@@ -477,30 +478,10 @@ class Linear(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.01, momentum=0.9)
 
 
-class Killed(pl.Callback):
-    """Raises when so many steps are done."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
-        if trainer.global_step == self.step:
-            raise InterruptedError
-
-
 def fit(data: ImageData, features: int, callbacks: list[pl.Callback], resume: Path | None = None, **limits: Any) -> Tensor:
     """The weights after a run on the CPU."""
     module = Linear(features)
-    keep = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
-    trainer = pl.Trainer(
-        **limits,
-        accelerator="cpu",
-        callbacks=callbacks,
-        enable_checkpointing=keep,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(callbacks, **limits)
     trainer.fit(module, data, ckpt_path=resume)
     return module.layer.weight.detach()
 
@@ -516,7 +497,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, where: dict[str,
     whole = fit(data(), 64, [], **limits)
     keep = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, **where)
     with pytest.raises(InterruptedError):
-        fit(data(), 64, [keep, Killed(7)], **limits)
+        fit(data(), 64, [keep, StopAt(7)], **limits)
     checkpoints = sorted(tmp_path.glob("*.ckpt"))
     assert len(checkpoints) == (7 if "every_n_train_steps" in where else 1)
     for checkpoint in checkpoints:
@@ -533,7 +514,7 @@ def test_a_streamed_run_resumes_although_its_workers_read_ahead(folder: str, tmp
     steps = ModelCheckpoint(tmp_path / "steps", "{step}", save_top_k=-1, every_n_train_steps=1)
     epochs = ModelCheckpoint(tmp_path / "epochs", "{step}", save_top_k=-1, save_on_train_epoch_end=True)
     with pytest.raises(InterruptedError):
-        fit(data(), 192, [steps, epochs, Killed(7)], max_epochs=2)
+        fit(data(), 192, [steps, epochs, StopAt(7)], max_epochs=2)
     for name in ("steps/step=3.ckpt", "steps/step=5.ckpt", "epochs/step=5.ckpt"):
         assert torch.equal(whole, fit(data(), 192, [], resume=tmp_path / name, max_epochs=2)), name
 
@@ -547,10 +528,7 @@ def test_a_trainer_trains_on_the_batches_of_each_epoch() -> None:
             seen.append((self.current_epoch, batch[1].tolist()))
             return super().training_step(batch)
 
-    trainer = pl.Trainer(
-        max_epochs=3, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False,
-    )  # fmt: skip
+    trainer = quiet_trainer(max_epochs=3)
     trainer.fit(Watch(64), Digits(train_size=300))
     alone = ready(Digits(train_size=300))
     assert seen == [(number, labels.tolist()) for number in range(3) for _, labels, _ in epoch(alone, number)]
@@ -558,10 +536,7 @@ def test_a_trainer_trains_on_the_batches_of_each_epoch() -> None:
 
 @pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-true", "bf16-mixed"])
 def test_images_have_the_type_of_the_weights(precision: Any) -> None:
-    trainer = pl.Trainer(
-        max_steps=2, accelerator="cpu", precision=precision, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+    trainer = quiet_trainer(max_steps=2, precision=precision)
     module, data = Linear(64), Digits(train_size=64)
     trainer.fit(module, data)
     (images, _), weight = next(data.test_batches(8)), module.layer.weight

@@ -9,6 +9,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from problems import FLOAT64, Function
+from runs import quiet_trainer
 from torch import Tensor, nn
 
 import continuum
@@ -290,10 +291,7 @@ def fit(
 ) -> tuple[Classifier, pl.Trainer]:
     pl.seed_everything(0)
     model = Classifier(network, learning_rate=0.05, **options)  # type: ignore[arg-type]
-    trainer = pl.Trainer(
-        max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=callbacks, limit_val_batches=1, log_every_n_steps=1,
-    )  # fmt: skip
+    trainer = quiet_trainer(callbacks, max_steps=steps, limit_val_batches=1, log_every_n_steps=1)
     trainer.fit(model, Digits(batch_size=32, train_size=160, crop=0))
     return model, trainer
 
@@ -334,7 +332,7 @@ def test_penalties_are_of_training_alone() -> None:
     model = Classifier(odenet(), smoothness=None, transport=Transport())
     batch = (torch.randn(8, 1, 8, 8), torch.arange(8))
     model.log = model.log_dict = lambda *_, **__: None  # type: ignore[method-assign, assignment]
-    model.trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    model.trainer = quiet_trainer()
     loss = model.training_step(batch, 0)
     with model._noise_of_step(0):
         _, energies = model.network.integral(batch[0], Transport().integrand())

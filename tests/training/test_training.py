@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.strategies import DDPStrategy
+from runs import StopAt, quiet_trainer
 
 import continuum
 from continuum.models.checkpoint import KEY, description
@@ -43,32 +44,12 @@ def fit(
     callbacks: list[pl.Callback] = [checkpoints] if checkpoints else []
     if stop_after > 0:
         callbacks.append(StopAt(stop_after))
-    trainer = pl.Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        default_root_dir=folder,
-        callbacks=callbacks,
-        enable_checkpointing=bool(checkpoints),
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(callbacks, max_epochs=epochs, default_root_dir=folder)
     try:
         trainer.fit(model, data, ckpt_path=resume)
     except InterruptedError:
         assert stop_after > 0
     return model
-
-
-class StopAt(pl.Callback):
-    """Raises when so many steps are done and their checkpoints are written."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
-        if trainer.global_step == self.step:
-            raise InterruptedError
 
 
 def same_state(a: torch.nn.Module, b: torch.nn.Module) -> bool:
@@ -149,7 +130,7 @@ def test_two_ranks_draw_different_noise_and_learn_the_same_weights(tmp_path: Pat
 
 def test_dropped_branches_need_unused_parameters_under_several_processes() -> None:
     model = Classifier(continuum.zoo.stochastic_depth_resnet(14, width=8, in_channels=1))
-    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    trainer = quiet_trainer()
     trainer.strategy.__class__ = DDPStrategy
     trainer.strategy._ddp_kwargs = {}
     model.trainer = trainer
@@ -195,14 +176,7 @@ def test_a_loss_that_is_not_finite_stops_before_anything_changes(tmp_path: Path,
     model = Classifier(small_network(solver))
     poison = Poisoned(step=2)
     keep = ModelCheckpoint(tmp_path, "good", every_n_train_steps=1, enable_version_counter=False)
-    trainer = pl.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        callbacks=[poison, keep],
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer([poison, keep], max_epochs=1)
     with pytest.raises(continuum.SolveError) as caught:
         trainer.fit(model, Digits(batch_size=16, train_size=64))
     assert 1 in caught.value.rows
@@ -246,10 +220,7 @@ def test_weight_decay_spares_k() -> None:
 
 def test_costs_are_logged(tmp_path: Path) -> None:
     model = Classifier(small_network("rk4:h=0.5"))
-    trainer = pl.Trainer(
-        max_epochs=1, accelerator="cpu", logger=False, callbacks=[LogCost()], enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
-    )  # fmt: skip
+    trainer = quiet_trainer([LogCost()], max_epochs=1, default_root_dir=tmp_path)
     trainer.fit(model, Digits(batch_size=32, train_size=64))
     logged = {name: float(value) for name, value in trainer.logged_metrics.items()}
     assert [logged[f"flow{i}/evaluations"] for i in range(3)] == [16, 8, 8]
@@ -258,9 +229,7 @@ def test_costs_are_logged(tmp_path: Path) -> None:
 
 
 def test_predictions_are_written(tmp_path: Path) -> None:
-    trainer = pl.Trainer(
-        accelerator="cpu", logger=False, callbacks=[WritePredictions(str(tmp_path))], enable_progress_bar=False
-    )
+    trainer = quiet_trainer([WritePredictions(str(tmp_path))])
     trainer.predict(Classifier(small_network()), Digits())
     lines = (tmp_path / "predictions.csv").read_text().splitlines()
     assert lines[0].startswith("image,label,class,p(0),p(1)")
@@ -277,8 +246,7 @@ def test_a_row_of_the_predictions_says_which_image_it_is(tmp_path: Path) -> None
             Image.new("RGB", (8, 8), (90 * number, 0, 200 * (name == "owl"))).save(tmp_path / part / name / f"{number}.png")
     data = ImageFolder(str(tmp_path), validation=0, batch_size=4)
     module = Classifier(continuum.zoo.preresnet(14, width=4, num_classes=2))
-    trainer = pl.Trainer(accelerator="cpu", max_steps=1, enable_progress_bar=False, callbacks=[WritePredictions()],
-                         logger=False, default_root_dir=tmp_path)  # fmt: skip
+    trainer = quiet_trainer([WritePredictions()], max_steps=1, default_root_dir=tmp_path)
     trainer.fit(module, data)
     trainer.save_checkpoint(tmp_path / "kept" / "net.ckpt")
     trainer.predict(module, data, ckpt_path=tmp_path / "kept" / "net.ckpt")
@@ -294,10 +262,9 @@ def test_ranks_write_one_file_of_all_images_in_their_order(tmp_path: Path) -> No
     def rows(devices: int) -> list[dict[str, str]]:
         torch.manual_seed(0)
         folder = tmp_path / str(devices)
-        trainer = pl.Trainer(
-            accelerator="cpu", devices=devices, strategy="ddp_spawn" if devices > 1 else "auto", logger=False,
-            enable_progress_bar=False, enable_checkpointing=False, callbacks=[WritePredictions(str(folder))],
-        )  # fmt: skip
+        trainer = quiet_trainer(
+            [WritePredictions(str(folder))], devices=devices, strategy="ddp_spawn" if devices > 1 else "auto"
+        )
         trainer.predict(Classifier(small_network()), Digits(batch_size=64), return_predictions=False)
         (path,) = folder.iterdir()
         with open(path) as file:
@@ -314,9 +281,7 @@ def test_sampled_predictions_have_a_mean_and_a_spread(tmp_path: Path) -> None:
     def predicted(folder: Path, samples: int) -> list[list[str]]:
         torch.manual_seed(0)
         network = continuum.zoo.stochastic_depth_resnet(14, width=8, in_channels=1, last=0.3)
-        trainer = pl.Trainer(
-            accelerator="cpu", logger=False, callbacks=[WritePredictions(str(folder))], enable_progress_bar=False
-        )
+        trainer = quiet_trainer([WritePredictions(str(folder))])
         trainer.predict(Classifier(network, samples=samples), Digits())
         return [line.split(",") for line in (folder / "predictions.csv").read_text().splitlines()]
 
@@ -327,7 +292,7 @@ def test_sampled_predictions_have_a_mean_and_a_spread(tmp_path: Path) -> None:
     assert predicted(tmp_path / "b", 5)[1:] == rows, "one seed, one set of samples"
     assert len(predicted(tmp_path / "c", 0)[0]) == 13
     with pytest.raises(TypeError, match="samples need noise"):
-        pl.Trainer(accelerator="cpu", logger=False).predict(Classifier(small_network(), samples=3), Digits())
+        quiet_trainer().predict(Classifier(small_network(), samples=3), Digits())
     with pytest.raises(ValueError, match="-1"):
         Classifier(small_network(), samples=-1)
 
@@ -354,10 +319,7 @@ def test_a_finished_run_goes_on_as_one_that_was_planned_longer(tmp_path: Path, s
             def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
                 seen.append(trainer.optimizers[0].param_groups[0]["lr"])
 
-        trainer = pl.Trainer(
-            accelerator="cpu", max_epochs=epochs, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, callbacks=[Watch()],
-        )  # fmt: skip
+        trainer = quiet_trainer([Watch()], max_epochs=epochs)
         data = Digits(batch_size=32, train_size=64)
         trainer.fit(Classifier(small_network(), schedule=schedule), data, ckpt_path=resume)
         assert trainer.global_step == 2 * epochs
@@ -370,10 +332,7 @@ def test_a_finished_run_goes_on_as_one_that_was_planned_longer(tmp_path: Path, s
 
 @pytest.mark.parametrize("schedule", [None, Steps([1]), OneCycle()])
 def test_a_run_without_an_end_is_refused_where_its_schedule_needs_one(schedule: Schedule | None) -> None:
-    trainer = pl.Trainer(
-        accelerator="cpu", max_epochs=-1, max_time="00:00:00:01", logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+    trainer = quiet_trainer(max_epochs=-1, max_time="00:00:00:01")
     model, data = Classifier(small_network(), schedule=schedule), Digits(batch_size=32, train_size=64)
     if isinstance(schedule, OneCycle):
         with pytest.raises(ValueError, match=r"OneCycle .* no end: give max_epochs"):
@@ -399,7 +358,7 @@ def test_a_run_without_an_end_is_refused_where_its_schedule_needs_one(schedule: 
 )
 @pytest.mark.parametrize("stage", ["fit", "test", "predict"])
 def test_a_network_that_does_not_fit_the_images_is_refused_first(network: Any, words: list[str], stage: str) -> None:
-    trainer = pl.Trainer(accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer = quiet_trainer(max_steps=1)
     with pytest.raises(DataError) as caught:
         getattr(trainer, stage)(Classifier(network()), Digits())
     assert all(word in str(caught.value) for word in words)

@@ -1,6 +1,5 @@
 """The discrete networks are recovered to the bit, and other solvers integrate the same weights."""
 
-import copy
 import itertools
 
 import pytest
@@ -18,7 +17,6 @@ from continuum.schemes import LinearTwoStep
 from continuum.zoo import (
     dropout_resnet,
     lm_resnet,
-    mlp,
     neural_sde,
     odenet,
     preresnet,
@@ -312,65 +310,6 @@ def test_refined_linear_two_step_converges_to_the_limit_equation():
         errors = [(flow.with_solver(FixedStep(LinearTwoStep(), h=1 / m))(x) - limit).abs().max() for m in (64, 128, 256)]
     for coarse, fine in itertools.pairwise(errors):
         assert float(torch.log2(coarse / fine)) == pytest.approx(1, abs=0.15)
-
-
-ZOO = {
-    "preresnet": (lambda: preresnet(14, width=4), (2, 3, 8, 8)),
-    "lm_resnet": (lambda: lm_resnet(14, width=4), (2, 3, 8, 8)),
-    "odenet": (lambda: odenet(width=4), (2, 1, 28, 28)),
-    "odenet on small images": (lambda: odenet(width=4, downsample=False), (2, 1, 8, 8)),
-    "odenet with three stages": (lambda: odenet(stages=3, width=4, in_channels=3), (2, 3, 16, 16)),
-    "mlp": (lambda: mlp(hidden=8), (3, 2)),
-    "augmented mlp": (lambda: mlp(hidden=8, augment=3), (3, 2)),
-}
-
-
-@pytest.fixture(params=ZOO)
-def inhabitant(request):
-    torch.manual_seed(0)
-    build, shape = ZOO[request.param]
-    return build(), torch.randn(shape)
-
-
-SOLVERS = ["euler", "rk4", "dopri5:rtol=1e-2,atol=1e-2"]
-
-
-def test_the_gradient_reaches_every_parameter(inhabitant):
-    network, x = inhabitant
-    network.train()(x).square().sum().backward()
-    missed = [
-        name for name, p in network.named_parameters() if p.grad is None or not p.grad.any() or not p.grad.isfinite().all()
-    ]
-    assert not missed
-
-
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_with_solver_shares_every_tensor(inhabitant, solver):
-    network, x = inhabitant
-    other = network.eval().with_solver(solver)
-    before, after = network.state_dict(), other.state_dict()
-    assert list(before) == list(after)
-    assert all(before[name].data_ptr() == after[name].data_ptr() for name in before)
-    assert not other.training
-    assert all(not module.training for module in other.modules())
-    assert other(x).isfinite().all()
-    assert {str(flow.solver) for flow in other.flows} == {str(other.solver)}
-    assert [type(stage) for stage in other.stages] == [type(stage) for stage in network.stages]
-
-
-def test_copies_and_files_hold_the_same_network(inhabitant, tmp_path):
-    network, x = inhabitant
-    network.train()(x)
-    network.eval()
-    clone = copy.deepcopy(network)
-    torch.save(network.state_dict(), tmp_path / "weights.pt")
-    with torch.no_grad():
-        for parameter in clone.parameters():
-            parameter.add_(1)
-        expected = network(x)
-        assert not torch.equal(clone(x), expected)
-        clone.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
-        assert torch.equal(clone(x), expected)
 
 
 def test_refined_euler_converges_with_order_one_to_the_adaptive_solution():

@@ -1,6 +1,6 @@
 """What only a GPU can say: the measurements of `continuum bench` there, and an epoch of CIFAR-10 by two networks.
 
-    python experiments/gpu.py --data data --out experiments/results/gpu.json
+    python -m experiments.gpu --data data --out experiments/gpu/results/h100.json
 
 ResNet-20 and the three-stage ODE-Net train for an epoch in float32 and bfloat16, eager and compiled. The whole ends within
 nine minutes: an epoch that would take long is cut and says so, what is compiled has a process of its own that can be stopped,
@@ -27,8 +27,10 @@ import pytorch_lightning as pl
 import torch
 
 import continuum
-from continuum.bench.report import SEED, Part, Row, new_report, parts, plan, summary, write
+from continuum.bench.report import SEED, Part, Report, Row, new_report, parts, plan, summary
+from continuum.files import write_json
 from continuum.training import CIFAR10, Classifier, Digits, ImageData, ImageFolder
+from experiments.common import publish, table
 
 Networks = dict[str, Callable[..., continuum.Network]]
 
@@ -42,6 +44,7 @@ SMALL: Networks = {
 }
 """No narrower: with four channels what torch 2.14 compiles for a CPU corrupts memory."""
 PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed"}
+FOLDER = Path(__file__).resolve().parent
 EPOCH = 40.0
 """An epoch is cut after so many seconds, those of its first step, which compiles, not counted."""
 PART = 100.0
@@ -155,7 +158,7 @@ def measured_apart(part: Part, seconds: float) -> Row:
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "row.json"
-        command = [sys.executable, *sys.argv, "--only", part.title, "--out", str(out)]
+        command = [sys.executable, "-m", "experiments.gpu", *sys.argv[1:], "--only", part.title, "--out", str(out)]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
         try:
             _, errors = process.communicate(timeout=seconds)
@@ -181,7 +184,7 @@ def main() -> None:
     eager, compiled = all_parts(options.quick, Data(options.data, options.quick), device)
     if options.only:
         (part,) = (part for part in [*eager, *compiled] if part.title == options.only)
-        write(part.measure(), options.out)
+        write_json(part.measure(), options.out)
         return
     report = new_report(plan(options.quick), device) | {"training": [], "errors": []}
     end = time.perf_counter() + options.seconds
@@ -197,11 +200,22 @@ def main() -> None:
         except Exception as error:  # whatever it is, the other parts can still be measured
             report["errors"].append({"part": part.title, "error": f"{type(error).__name__}: {error}"})
             print(f"{part.title}: {error}", flush=True)
-        write(report, options.out)
-    print(f"\n{summary(report)}\n")
+        write_json(report, options.out)
+    print(tables(report))
+    if options.out.resolve().parent == FOLDER / "results":
+        publish(FOLDER / "README.md", options.out.stem, tables(report))
+
+
+def tables(report: Report) -> str:
+    """The summary of the bench, and the epochs."""
+    rows = []
     for row in report["training"]:
-        way = f"{row['precision']}, {'compiled' if row['compiled'] else 'eager'}"
-        print(f"{row['network']}, {way}: {row['images_per_second']:.0f} images/s, {row['epoch_seconds']:.1f} s an epoch")
+        way = "compiled" if row["compiled"] else "eager"
+        numbers = [f"{row['images_per_second']:.0f}", f"{row['epoch_seconds']:.1f}"]
+        rows.append([row["network"], row["precision"], way, *numbers])
+    machine = f"{report['machine']['device']}, torch {report['machine']['torch']}"
+    epochs = table(["network", "precision", "way", "images/s", "seconds an epoch"], rows)
+    return f"{summary(report)}\n\n{epochs}\n\n{machine}"
 
 
 if __name__ == "__main__":
