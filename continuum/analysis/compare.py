@@ -28,6 +28,10 @@ class Row:
     `milliseconds` per image, the median over batches; `memory` the peak of one batch in MiB. `grids` are the steps of each
     flow on the first batch. A stochastic solver runs over several `paths` of its noise: accuracy, loss, agreement and time are
     means over them, with the standard deviations of accuracy and loss. A solver that failed has its `error` and no numbers.
+
+    `accuracy_low` and `accuracy_high` are the 95% interval of the accuracy on any images of this kind. `difference` is the
+    accuracy minus the reference's, `difference_low` and `difference_high` its interval, paired by image: an image that both get
+    right, or both wrong, casts no doubt on it.
     """
 
     solver: str
@@ -35,6 +39,11 @@ class Row:
     accepted: float = math.nan
     rejected: float = math.nan
     accuracy: float = math.nan
+    accuracy_low: float = math.nan
+    accuracy_high: float = math.nan
+    difference: float = math.nan
+    difference_low: float = math.nan
+    difference_high: float = math.nan
     loss: float = math.nan
     agreement: float = math.nan
     logit_difference: float = math.nan
@@ -57,8 +66,8 @@ def compare_solvers(
 ) -> Iterator[Row]:
     """Run `network` on all `batches` (images, labels) under its own solver, then under each of `solvers`; a row at a time.
 
-    The first row is the reference of `agreement` and `logit_difference`. Where the network has noise it is that of the drift,
-    which deterministic solvers integrate too; a stochastic one runs over `paths` paths, the seed of path i being i.
+    The first row is the reference of `difference`, `agreement` and `logit_difference`. Where the network has noise it is that
+    of the drift, which deterministic solvers integrate too; a stochastic one runs over `paths` paths, path i with the seed i.
     """
     network = network.to(device).eval()
     batches = [(images.to(device), labels.to(device)) for images, labels in batches]
@@ -77,14 +86,45 @@ def compare_solvers(
                 raise
             continue
         reference = logits[0] if reference is None else reference
-        accuracies = (logits.argmax(2) == labels).double().mean(dim=1)
+        right = (logits.argmax(2) == labels).double()
+        accuracies, scores = right.mean(dim=1), right.mean(dim=0)
         losses = torch.stack([cross_entropy(path, labels) for path in logits]).double()
         row.accuracy, row.loss = float(accuracies.mean()), float(losses.mean())
+        row.accuracy_low, row.accuracy_high = interval(row.accuracy, len(labels))
+        reference_right = (reference.argmax(1) == labels).double()
+        row.difference, row.difference_low, row.difference_high = paired(scores - reference_right)
         if len(logits) > 1:
             row.accuracy_deviation, row.loss_deviation = float(accuracies.std()), float(losses.std())
         row.agreement = float((logits.argmax(2) == reference.argmax(1)).double().mean())
         row.logit_difference = float((logits - reference).abs().max())
         yield row
+
+
+NORMAL = 1.959964
+"""How many deviations from its mean a normal number is, 95% of the time."""
+
+
+def interval(share: float, count: int) -> tuple[float, float]:
+    """The 95% interval of a probability, of which `share` was found in `count` draws: Wilson's.
+
+    >>> [round(limit, 3) for limit in interval(0.52, 100)]
+    [0.423, 0.615]
+    """
+    square = NORMAL**2 / count
+    middle, half = share + square / 2, NORMAL * math.sqrt(share * (1 - share) / count + square / 4 / count)
+    return max(0.0, (middle - half) / (1 + square)), min(1.0, (middle + half) / (1 + square))
+
+
+def paired(differences: Tensor) -> tuple[float, float, float]:
+    """The mean of differences by image, each in [-1, 1], and its 95% interval: Agresti and Min's, wide enough for few images.
+
+    >>> differences = torch.tensor([1.0] * 14 + [-1.0] * 10 + [0.0] * 76)  # 52% and 56%: the same
+    >>> [round(number, 3) for number in paired(differences)]
+    [0.04, -0.057, 0.135]
+    """
+    count, total, squares = len(differences) + 2, float(differences.sum()), float(differences.square().sum()) + 1
+    middle, half = total / count, NORMAL * math.sqrt(squares - total**2 / count) / count
+    return total / len(differences), max(-1.0, middle - half), min(1.0, middle + half)
 
 
 def is_stochastic(solver: Solver) -> bool:

@@ -79,32 +79,45 @@ def _matrix(axes: mpl.Axes, panel: Matrix) -> None:
 
 
 def plot_comparison(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
-    """Accuracy, and the largest difference of the logits from the training solver's, against field evaluations.
+    """Accuracy, its difference from the training solver's, and the largest difference of logits, against field evaluations.
 
-    Bars are standard deviations over the paths of the noise.
+    Bars are 95% intervals over the images; those of the differences are paired by image.
     """
     solved = [row for row in rows if not row.error]
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    middle.axhline(0, color="0.4", linestyle="--", linewidth=0.8)
     for index, row in enumerate(solved):
-        style = {"marker": MARKERS[index % len(MARKERS)], "color": f"C{index % 10}", "markersize": 8, "linestyle": "none"}
+        style = {"marker": MARKERS[index % len(MARKERS)], "color": f"C{index % 10}", "markersize": 7, "linestyle": "none"}
         label = f"{row.solver} (training)" if index == 0 else row.solver
-        spread = None if math.isnan(row.accuracy_deviation) else 100 * row.accuracy_deviation
-        left.errorbar(row.evaluations, 100 * row.accuracy, spread, label=label, capsize=3, **style)
+        bars: dict[str, Any] = {**style, "capsize": 3, "elinewidth": 1}
+        left.errorbar(
+            row.evaluations, 100 * row.accuracy, _bar(row.accuracy_low, row.accuracy, row.accuracy_high), label=label, **bars
+        )
+        if index:
+            middle.errorbar(
+                row.evaluations, 100 * row.difference, _bar(row.difference_low, row.difference, row.difference_high), **bars
+            )
         if row.logit_difference > 0:
             right.plot(row.evaluations, row.logit_difference, **style)
     left.set_ylabel("accuracy (%)")
+    middle.set_ylabel("accuracy minus that of\nthe training solver (%)")
     right.set_ylabel("largest logit difference\nfrom the training solver")
     if differences := [row.logit_difference for row in solved if row.logit_difference > 0]:
         right.set_yscale("log")
         plain_ticks(right.yaxis, differences)
-    for axes in (left, right):
+    for axes in (left, middle, right):
         axes.set_xlabel("field evaluations per sample")
         axes.set_xscale("log")
         plain_ticks(axes.xaxis, [row.evaluations for row in solved])
         axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize="small", title="solver")
     save(figure, path)
+
+
+def _bar(low: float, value: float, high: float) -> list[list[float]]:
+    """What errorbar takes for an interval, in %; no less than nothing, where the value is not quite inside."""
+    return [[100 * max(value - low, 0.0)], [100 * max(high - value, 0.0)]]
 
 
 def plot_steps(rows: Sequence[Row], path: str | os.PathLike[str]) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from continuum import files
+from continuum.analysis.compare import paired
 from continuum.analysis.stochastic import SDE, CoupledPath, forked_devices, mean_of, run_coupled
 from continuum.fields import Field
 from continuum.flow import Flow
@@ -62,6 +63,9 @@ class LayerNoise:
 @dataclass(frozen=True)
 class Gap:
     """How far two expectations of g are apart, E g of one minus E g of the other, with its 95% half-width.
+
+    The half-width is that of the noise; an accuracy's has that of other images of this kind too, paired by image, for a share
+    of right answers on a hundred images says little about the next hundred.
 
     `between` "h=1" and "h=1/2": the network, and the same with half its step, minus the SDE. "evaluation": the network as it
     evaluates minus the network with its noise. `value` is the E g subtracted, `number` the class.
@@ -128,19 +132,29 @@ def weak_report(
     for name, expected in evaluated.items():
         one, half, sde = (torch.stack([path[side][name] for path in sampled]) for side in range(3))
         for between, of, base in (("h=1", one, sde), ("h=1/2", half, sde), ("evaluation", expected.expand_as(one), one)):
+            if name == "accuracy":
+                gaps.append(_accuracy_gap(between, of, base))
+                continue
             for number in range(len(expected)):
                 value = float(base[:, number].mean())
                 gaps.append(Gap(name, number, between, value, *mean_of(of[:, number] - base[:, number])))
     return WeakReport(layers, gaps)
 
 
+def _accuracy_gap(between: str, of: Tensor, base: Tensor) -> Gap:
+    """The gap of accuracies from which images are right under which path of the noise, (paths, images)."""
+    differences = of - base
+    error, by_noise = mean_of(differences.mean(dim=1))
+    _, low, high = paired(differences.mean(dim=0))
+    return Gap("accuracy", 0, between, float(base.mean()), error, math.hypot(by_noise, (high - low) / 2))
+
+
 def _tests(logits: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
-    """The averages over images of every g, (classes,) each; accuracy is (1,)."""
+    """The averages over images of every g, (classes,) each; of accuracy, which images are right, (images,)."""
     logits = logits.double()
     found = {"logit": logits, "logit squared": logits**2, "logit cubed": logits**3, "probability": logits.softmax(1)}
-    if labels is not None:
-        found["accuracy"] = (logits.argmax(1) == labels).double()[:, None]
-    return {name: values.mean(0) for name, values in found.items()}
+    averages = {name: values.mean(0) for name, values in found.items()}
+    return averages if labels is None else averages | {"accuracy": (logits.argmax(1) == labels).double()}
 
 
 def _logits(network: Network, images: Images, steps_per_layer: int, generator: torch.Generator) -> list[Tensor]:

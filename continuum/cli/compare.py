@@ -114,23 +114,25 @@ def compare_command(arguments: list[str]) -> None:
 
 def _table(rows: Sequence[Row]) -> Table:
     table = Table(
-        title="one set of weights, many solvers (first its own, without noise; after ±: deviation over paths of noise)"
+        title="one set of weights, many solvers (first its own, without noise; after ±: deviation over paths of noise;\n"
+        "in brackets: 95% intervals, of differences from the first solver paired by image, bold if without 0)"
     )
     headings = (
         "solver",
         "evaluations",
-        "accepted",
-        "rejected",
+        "accep-\nted",
+        "rejec-\nted",
         "accuracy %",
+        "difference %",
         "loss",
-        "agreement %",
-        "logit diff.",
-        "ms/image",
+        "agreement\n%",
+        "logit\ndiff.",
+        "ms/\nimage",
         "MiB",
     )
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "solver" else "right", no_wrap=heading == "solver")
-    for row in rows:
+    for index, row in enumerate(rows):
         if row.error:
             table.add_row(row.solver, "failed")
             continue
@@ -139,7 +141,10 @@ def _table(rows: Sequence[Row]) -> Table:
             f"{row.evaluations:.1f}",
             f"{row.accepted:.1f}",
             f"{row.rejected:.1f}",
-            f"{100 * row.accuracy:.2f}" + ("" if row.paths == 1 else f" ± {100 * row.accuracy_deviation:.2f}"),
+            f"{100 * row.accuracy:.2f}"
+            + ("" if row.paths == 1 else f" ± {100 * row.accuracy_deviation:.2f}")
+            + _limits(row.accuracy_low, row.accuracy_high),
+            _difference(row) if index else "",
             f"{row.loss:.4f}" + ("" if row.paths == 1 else f" ± {row.loss_deviation:.3f}"),
             f"{100 * row.agreement:.2f}",
             f"{row.logit_difference:.2e}",
@@ -147,3 +152,12 @@ def _table(rows: Sequence[Row]) -> Table:
             f"{row.memory:.1f}",
         )
     return table
+
+
+def _difference(row: Row) -> str:
+    text = f"{100 * row.difference:+.2f}{_limits(row.difference_low, row.difference_high)}"
+    return f"[bold]{text}[/bold]" if row.difference_low > 0 or row.difference_high < 0 else text
+
+
+def _limits(low: float, high: float) -> str:
+    return f" \\[{100 * low:.1f}, {100 * high:.1f}]"

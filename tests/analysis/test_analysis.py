@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import continuum
-from continuum.analysis.compare import Row, compare_solvers, write_csv, write_json
+from continuum.analysis.compare import Row, compare_solvers, interval, paired, write_csv, write_json
 from continuum.analysis.memory import peak_memory
 from continuum.analysis.plots import plot_comparison, plot_steps
 from continuum.solvers import parse
@@ -142,3 +142,53 @@ def test_steps_are_drawn_where_a_solver_chose_them(tmp_path: Path) -> None:
     assert not (tmp_path / "steps.png").exists()
     assert plot_steps([even, chosen], tmp_path / "steps.png")
     assert (tmp_path / "steps.png").is_file()
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.5, 100), (0.9, 60), (0.98, 359)])
+def test_the_interval_of_an_accuracy_covers_it(share: float, count: int) -> None:
+    """Of all numbers of right answers, weighted by how often they come, 95% have an interval with the true share, or nearly."""
+    covered = 0.0
+    for right in range(count + 1):
+        low, high = interval(right / count, count)
+        assert 0 <= low <= right / count + 1e-12
+        assert right / count - 1e-12 <= high <= 1
+        weight = math.comb(count, right) * share**right * (1 - share) ** (count - right)
+        covered += weight * (low <= share <= high)
+    assert 0.92 < covered < 0.98
+
+
+def test_the_interval_of_a_difference_covers_it_and_is_paired() -> None:
+    """Two solvers that differ on 9% of the images, three of them to one side for one to the other."""
+    generator = torch.Generator().manual_seed(0)
+    gain, loss, images, trials = 0.03, 0.06, 200, 2000
+    draws = torch.rand(trials, images, generator=generator, dtype=torch.float64)
+    differences = (draws < gain).double() - ((draws >= gain) & (draws < gain + loss)).double()
+    found = [paired(row) for row in differences]
+    assert all(low <= mean <= high for mean, low, high in found)
+    covered = sum(low <= gain - loss <= high for _, low, high in found) / trials
+    assert 0.93 < covered < 0.985
+    # Two accuracies of 90% each have an interval of 8 points; what they do not share is less.
+    widths = [high - low for _, low, high in found]
+    low, high = interval(0.9, images)
+    assert max(widths) < 1.4 * (high - low)
+    assert sum(widths) / trials < high - low + 0.005
+    mean, low, high = paired(torch.zeros(100))
+    assert mean == 0
+    assert -0.03 < low < 0 < high < 0.03
+
+
+@torch.no_grad()
+def test_differences_from_the_reference_are_by_image(batches: list[tuple[Tensor, Tensor]]) -> None:
+    torch.manual_seed(0)
+    network = continuum.preresnet(14, width=8, in_channels=1).eval()
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    # As if it were trained: its own answers are right, but for a few.
+    labels = network(images).argmax(1)
+    labels[:3] = (labels[:3] + 1) % 10
+    own, same, coarse = compare_solvers(network, [(images, labels)], [parse("euler:h=1"), parse("rk4:h=1")], CPU)
+    assert own.difference == same.difference == 0
+    right = [network.with_solver(solver)(images).argmax(1) == labels for solver in ("rk4:h=1", "euler:h=1")]
+    assert coarse.difference == pytest.approx(float(right[0].double().mean() - right[1].double().mean()))
+    assert coarse.difference_low < coarse.difference < coarse.difference_high
+    assert coarse.accuracy_low < coarse.accuracy < coarse.accuracy_high
+    assert same.difference_low < 0 < same.difference_high

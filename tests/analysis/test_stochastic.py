@@ -498,7 +498,7 @@ def test_without_chance_a_report_is_the_difference_of_two_steps(build: Callable[
     labels = network(images).argmax(1)
     report = weak_report(network, images, 2, 8, 0, labels)
     assert not any(layer.noisy for layer in report.layers)
-    assert all(gap.confidence < 1e-12 for gap in report.gaps)
+    assert all(gap.confidence < 1e-12 for gap in report.gaps if gap.test != "accuracy")
     solvers = (f"{scheme}:h=1", f"{scheme}:h=0.5", "euler:h=0.125")
     one, half, fine = (network.drift().with_solver(solver)(images).mean(0) for solver in solvers)
     for gap in report.gaps:
@@ -507,6 +507,9 @@ def test_without_chance_a_report_is_the_difference_of_two_steps(build: Callable[
             assert gap.error == pytest.approx(float(sides[gap.between][gap.number]), abs=1e-12)
     (accuracy,) = (gap for gap in report.gaps if gap.test == "accuracy" and gap.between == "h=1")
     assert accuracy.value + accuracy.error == 1
+    # Even answers that agree under all paths say only so much about other images.
+    never_zero = [gap.confidence for gap in report.gaps if gap.test == "accuracy"]
+    assert min(never_zero) > 1.9 / (len(images) + 2)
 
 
 def test_transitions_draw_the_same_on_all_sides() -> None:
