@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 from continuum.analysis.stability import level_curve, polynomial_roots, value
-from continuum.schemes import AdamsBashforth, Leapfrog, LinearTwoStep, NeumannSeries, RungeKutta, Scheme, TwoStepMidpoint
-from continuum.schemes.multistep import BETA
+from continuum.schemes import Scheme
 from continuum.schemes.runge_kutta import Tableau, Tree, density, rooted_trees
 
 if TYPE_CHECKING:
@@ -209,7 +208,7 @@ class OneStep:
 def method_of(scheme: Scheme, k: float | None = None) -> LinearMultistep | OneStep:
     """What a scheme is in numbers. `k` is that of `LinearTwoStep`'s layers, the symbol k if it is not given.
 
-    >>> from continuum.schemes import RK4
+    >>> from continuum.schemes import RK4, LinearTwoStep
     >>> print(method_of(LinearTwoStep()))
     (1 + k) x' + (1 - k) h/2 x'' = f + O(h^2)
     >>> method_of(RK4()).order
@@ -220,27 +219,21 @@ def method_of(scheme: Scheme, k: float | None = None) -> LinearMultistep | OneSt
     Raises:
         TypeError: a scheme that is neither, such as those for noise or for halves that move by different fields.
     """
-    match scheme:
-        case RungeKutta():
-            return OneStep.of(scheme.tableau)
-        case NeumannSeries(terms):
-            linear = Fraction(1 if terms > 1 else 0) - Fraction(1, 2)
-            return OneStep((Fraction(1),) * (terms + 1), 1, {((),): linear}, linear=True)
-        case AdamsBashforth(order):
-            beta = tuple(map(_fraction, reversed(BETA[order])))
-            return LinearMultistep((*[0] * (order - 1), -1, 1), (*beta, 0))
-        case LinearTwoStep():
-            import sympy
+    if scheme.tableau is not None:
+        return OneStep.of(scheme.tableau)
+    if scheme.series is not None:
+        r = (*scheme.series, 0)
+        return OneStep(tuple(map(Fraction, scheme.series)), 1, {((),): r[2] - Fraction(1, 2)}, linear=True)
+    import sympy
 
-            kept = sympy.Symbol("k", real=True) if k is None else _exact(k)
-            return LinearMultistep((-kept, kept - 1, 1), (0, 1, 0))
-        case TwoStepMidpoint():
-            return LinearMultistep((-1, 0, 1), (0, 2, 0))
-        case Leapfrog():
-            return LinearMultistep((1, -2, 1), (0, 1, 0), power=2)
+    multistep = scheme.multistep(sympy.Symbol("k", real=True) if k is None else _exact(k))
+    if multistep is not None:
+        alpha, beta, power = multistep
+        alpha, beta = (tuple(_fraction(c) if isinstance(c, float) else c for c in row) for row in (alpha, beta))
+        return LinearMultistep(alpha, beta, power)
     raise TypeError(
-        "modified equations are known for Runge-Kutta schemes, NeumannSeries, AdamsBashforth, LinearTwoStep, TwoStepMidpoint "
-        f"and Leapfrog, not for {type(scheme).__name__}"
+        f"modified equations are known of schemes that say a tableau, a series or a multistep method, and "
+        f"{type(scheme).__name__} says none"
     )
 
 
@@ -250,6 +243,7 @@ def method_of(scheme: Scheme, k: float | None = None) -> LinearMultistep | OneSt
 def dominant_rate(method: LinearMultistep | OneStep, rate: complex, h: float) -> complex:
     """log(r) / h for the largest root r of a step on x^(power) = rate x: how fast the steps really grow; -inf for r = 0.
 
+    >>> from continuum.schemes import LinearTwoStep
     >>> round(dominant_rate(method_of(LinearTwoStep(), k=-0.5), -1.0, h=0.01).real, 5)
     -2.06374
     """
@@ -266,6 +260,7 @@ def modified_rate(method: LinearMultistep | OneStep, rate: complex, h: float, te
 
     Of a multistep method it is the root s of sum_q c_q h^(q - power) s^q = rate next to that of the first term alone.
 
+    >>> from continuum.schemes import LinearTwoStep
     >>> round(modified_rate(method_of(LinearTwoStep(), k=-0.5), -1.0, h=0.01).real, 5)
     -2.06389
     """

@@ -9,7 +9,6 @@ so -k is a momentum, 1 + k the friction that resists motion, and (1 - k) / 2 the
 
 from dataclasses import dataclass
 
-from continuum.fields import Momentum
 from continuum.flow import Flow
 from continuum.models import Network
 
@@ -51,6 +50,7 @@ def frictions(network: Network) -> list[Friction]:
     found: list[Friction] = []
     for index, stage in enumerate(network.stages):
         for place, layer in enumerate(stage.field.pieces() if isinstance(stage, Flow) else ()):
-            if isinstance(layer, Momentum):
-                found.append(Friction(f"stages.{index}", place, float(layer.k)))
+            _, k = layer.friction()
+            if k is not None:
+                found.append(Friction(f"stages.{index}", place, float(k)))
     return found

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from continuum.fields import Field, Momentum
+from continuum.fields import Field
 from continuum.fields.base import checked
-from continuum.noise import ShakeShake, StochasticField
+from continuum.noise import StochasticField
 from continuum.noise.base import Coefficients, noise_of, stochastic_fields, terms
 from continuum.schemes.base import Memory, Scheme, combine, inside
 from continuum.schemes.multistep import LinearTwoStep, one_step_before
@@ -115,7 +115,8 @@ class EulerMaruyama(StochasticScheme):
             return combine(x, h, (1,), (layer(t, x),)), tuple(rest)
         moved = noisy.move(t, x, drawn)
         if moved is not None:
-            x = x + checked(moved / (1 + layer.k) if isinstance(layer, Momentum) else moved, x)
+            _, k = layer.friction()
+            x = x + checked(moved if k is None else moved / (1 + k), x)
         return x, tuple(rest)
 
 
@@ -173,7 +174,7 @@ class StochasticTwoStep(StochasticScheme):
 
     def check(self, field: Field) -> None:
         super().check(field)
-        if not any(isinstance(layer, Momentum) for layer in field.pieces()):
+        if all(layer.friction()[1] is None for layer in field.pieces()):
             raise TypeError("StochasticTwoStep steps Momentum(StochasticDepth(f, p)), which holds k; or take EulerMaruyama()")
 
     def draw(self, field: StochasticField, t: float, x: State, h: float) -> Coefficients:
@@ -190,26 +191,21 @@ class StochasticTwoStep(StochasticScheme):
         before, drawn, *rest = memory
         depth = inside(field.knots, t, h, 0, x.dtype)
         layer = field.at(depth)
-        if not isinstance(layer, Momentum) or before is None:
+        inner, k = layer.friction()
+        if k is None or before is None:
             after, _ = EulerMaruyama(self.increments).step(field, t, x, h, (drawn,))
             return after, (x, *rest)
-        k, noisy = layer.k, noise_of(layer)
-        kept = (1 - k) * x + k * before
+        noisy, kept = noise_of(layer), (1 - k) * x + k * before
         if noisy is None or drawn is None:
-            return combine(kept, h, (1,), (layer.field(depth, x),)), (x, *rest)
+            return combine(kept, h, (1,), (inner(depth, x),)), (x, *rest)
         moved = noisy.move(depth, x, drawn)
         return (kept if moved is None else kept + checked(moved, x)), (x, *rest)
 
 
 def check_path_gradient(field: StochasticField, x: State) -> None:
     """Raise TypeError where a gradient through Brownian increments is wanted and the field replaces it by its own."""
-    if not (isinstance(field, ShakeShake) and field.backward_mode != "keep" and torch.is_grad_enabled()):
-        return
-    if x.requires_grad or any(parameter.requires_grad for parameter in field.parameters()):
-        raise TypeError(
-            f"ShakeShake(backward_mode={field.backward_mode!r}) replaces the coefficients on the way back, which is no "
-            "gradient of any path of the SDE: build it with backward_mode='keep', or take EulerMaruyama('own')"
-        )
+    if torch.is_grad_enabled() and (x.requires_grad or any(parameter.requires_grad for parameter in field.parameters())):
+        field.check_path_gradient()
 
 
 def check_batch_statistics(field: StochasticField, method: str) -> None:
