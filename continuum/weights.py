@@ -57,8 +57,9 @@ class Expansion(Field):
         super().__init__()
         if not isinstance(basis, Basis):
             raise TypeError(f"an Expansion needs a basis such as Hat(4, depth=3), not {basis!r}")
-        fields = [field] if isinstance(field, Field) else list(field)
-        if not isinstance(field, Field) and len(fields) != basis.size:
+        alone = isinstance(field, Field)
+        fields = [field] if alone else list(field)
+        if not alone and len(fields) != basis.size:
             raise ValueError(f"{basis} needs {basis.size} fields, one a coefficient, or a single one; got {len(fields)}")
         _check_one_kind(fields)
         self.field = copy.deepcopy(fields[0])
@@ -68,7 +69,7 @@ class Expansion(Field):
             if isinstance(module, _BatchNorm) and module.running_mean is not None
         )
         self._set_basis(basis)
-        if isinstance(field, Field):
+        if alone:
             _replace(self.field, self.norms, lambda name, tensor: _constant(tensor, basis))
         else:
             coefficients = [dict(_tensors(other, self.norms)) for other in fields]

@@ -64,7 +64,7 @@ def defects(field: Field, x: State, scheme: Scheme, sizes: Sequence[float]) -> l
     scheme.observed(layer, x)
     _, k = layer.friction()
     method = method_of(scheme, None if k is None else float(k))
-    if isinstance(method, OneStep) and method.linear:
+    if method.linear:
         check_linear(layer, x)
     degree, leading = _leading(method, lambda y: layer(0.0, y), x)
     found: list[Defect] = []
@@ -90,8 +90,7 @@ def check_linear(field: Field, x: State) -> None:
 def _stepped(layer: Field, scheme: Scheme, method: LinearMultistep | OneStep, x: State, h: float) -> tuple[State, State]:
     """The state after a step of `scheme`, and the exact one."""
     flow = Flow(layer, SOLUTION, depth=1)
-    count = len(method.alpha) - 2 if isinstance(method, LinearMultistep) else 0
-    past = list(flow.trajectory(x, [-h * n for n in range(count + 1)])[1:]) if count else []
+    past = list(flow.trajectory(x, [-h * n for n in range(method.past + 1)])[1:]) if method.past else []
     start, memory = scheme.continued(layer, x, h, past)
     return scheme.step(layer, 0.0, start, h, memory)[0], flow.trajectory(x, (0.0, h))[-1]
 

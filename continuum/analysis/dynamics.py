@@ -69,11 +69,7 @@ def dynamics(network: Network, images: Images) -> list[Dynamics]:
     network = copy.deepcopy(network).double().eval().requires_grad_(False)
     network = network.drift() if network.stochastic else network
     entering = network.entering(images.double())
-    found: list[Dynamics] = []
-    for index, stage in enumerate(network.stages):
-        if isinstance(stage, Flow):
-            found.append(_of_flow(f"stages.{index}", stage, *entering[stage]))
-    return found
+    return [_of_flow(name, flow, *entering[flow]) for name, flow in network.named_flows.items()]
 
 
 def _of_flow(name: str, flow: Flow, x: State, memory: State | None) -> Dynamics:

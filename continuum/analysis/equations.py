@@ -60,6 +60,13 @@ class LinearMultistep:
         for name in ("alpha", "beta"):
             object.__setattr__(self, name, tuple(map(_exact, getattr(self, name))))
 
+    linear = False
+
+    @property
+    def past(self) -> int:
+        """How many states before the present one a step looks at."""
+        return len(self.alpha) - 2
+
     def modified(self, terms: int = 2) -> dict[int, "sympy.Expr"]:
         """The coefficients c_q of sum_q c_q h^(q - power) x^(q) = f, for q = power, ..., power + terms - 1."""
         import sympy
@@ -138,6 +145,20 @@ class LinearMultistep:
         roots = polynomial_roots(torch.where(unsolvable[..., None], torch.ones_like(polynomial), polynomial))
         return roots.abs().amax(-1).masked_fill(unsolvable, math.inf)
 
+    def root(self, z: complex) -> complex:
+        """The largest root r of rho - z sigma, for z = h^power rate."""
+        roots = polynomial_roots(self.step_polynomial(_complex(z))).tolist()
+        return max(roots, key=lambda root: (round(abs(root), 12), root.imag))
+
+    def modified_rate(self, rate: complex, h: float, terms: int) -> complex:
+        """The root s of sum_q c_q h^(q - power) s^q = rate next to that of the first term alone."""
+        numbers = _numbers([*self.modified(terms).values()])
+        limit = (complex(rate) / numbers[0]) ** (1 / self.power)
+        while not numbers[-1]:
+            numbers = numbers[:-1]
+        row = [-rate, *[0.0] * (self.power - 1), *(c * h**i for i, c in enumerate(numbers))]
+        return min(polynomial_roots(_complex(row)).tolist(), key=lambda root: abs(root - limit))
+
     def boundary(self, points: int = 360) -> tuple[list[float], list[float]]:
         """The boundary locus z = rho(e^(ia)) / sigma(e^(ia)), as real and imaginary parts: the region of absolute stability
         is bounded by parts of it.
@@ -169,6 +190,9 @@ class OneStep:
     zero_stable = True
     """Where f = 0, x stays."""
 
+    power = 1
+    past = 0
+
     @classmethod
     def of(cls, tableau: Tableau) -> "OneStep":
         """The method of a tableau; its order is the one that its coefficients have."""
@@ -199,6 +223,15 @@ class OneStep:
     def amplification(self, z: Tensor | Sequence[complex]) -> Tensor:
         """|R(z)|, by which a step multiplies: (...) for z = h rate of shape (...)."""
         return value(_floats(self.stability), _complex(z)).abs()
+
+    def root(self, z: complex) -> complex:
+        """R(z), for z = h rate."""
+        return value(_floats(self.stability), _complex([z])).tolist()[0]
+
+    def modified_rate(self, rate: complex, h: float, terms: int) -> complex:
+        """sum_q l_q h^(q - 1) rate^q."""
+        numbers = _floats([*self.modified(terms).values()])
+        return sum(c * h**i * rate ** (i + 1) for i, c in enumerate(numbers))
 
     def boundary(self, points: int = 360) -> tuple[list[float], list[float]]:
         """The part of |R(z)| = 1 that goes through z = 0, as real and imaginary parts."""
@@ -247,11 +280,7 @@ def dominant_rate(method: LinearMultistep | OneStep, rate: complex, h: float) ->
     >>> round(dominant_rate(method_of(LinearTwoStep(), k=-0.5), -1.0, h=0.01).real, 5)
     -2.06374
     """
-    if isinstance(method, OneStep):
-        (r,) = value(_floats(method.stability), _complex([h * rate])).tolist()
-    else:
-        roots = polynomial_roots(method.step_polynomial(_complex(h**method.power * rate))).tolist()
-        r = max(roots, key=lambda root: (round(abs(root), 12), root.imag))
+    r = method.root(h**method.power * rate)
     return cmath.log(r) / h if r else complex(-math.inf)
 
 
@@ -264,17 +293,7 @@ def modified_rate(method: LinearMultistep | OneStep, rate: complex, h: float, te
     >>> round(modified_rate(method_of(LinearTwoStep(), k=-0.5), -1.0, h=0.01).real, 5)
     -2.06389
     """
-    if isinstance(method, OneStep):
-        return sum(
-            c * h ** (q - 1) * rate**q
-            for q, c in zip(range(1, terms + 1), _floats([*method.modified(terms).values()]), strict=True)
-        )
-    numbers = _numbers([*method.modified(terms).values()])
-    limit = (complex(rate) / numbers[0]) ** (1 / method.power)
-    while not numbers[-1]:
-        numbers = numbers[:-1]
-    row = [-rate, *[0.0] * (method.power - 1), *(c * h**i for i, c in enumerate(numbers))]
-    return min(polynomial_roots(_complex(row)).tolist(), key=lambda root: abs(root - limit))
+    return method.modified_rate(rate, h, terms)
 
 
 # Trees

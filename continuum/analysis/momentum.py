@@ -9,7 +9,6 @@ so -k is a momentum, 1 + k the friction that resists motion, and (1 - k) / 2 the
 
 from dataclasses import dataclass
 
-from continuum.flow import Flow
 from continuum.models import Network
 
 
@@ -48,9 +47,9 @@ def frictions(network: Network) -> list[Friction]:
     (6, 'stages.0', 1, True)
     """
     found: list[Friction] = []
-    for index, stage in enumerate(network.stages):
-        for place, layer in enumerate(stage.field.pieces() if isinstance(stage, Flow) else ()):
+    for name, flow in network.named_flows.items():
+        for place, layer in enumerate(flow.field.pieces()):
             _, k = layer.friction()
             if k is not None:
-                found.append(Friction(f"stages.{index}", place, float(k)))
+                found.append(Friction(name, place, float(k)))
     return found
