@@ -120,10 +120,16 @@ def _unit(x: State) -> State:
 
 
 def _steps(flow: Flow, x: State, memory: State | None) -> list[float]:
+    """|h f| / |x| of each step: of those known beforehand, or else of those that the flow has just taken."""
     steps = flow.solver.steps(0.0, flow.depth)
-    assert steps is not None
+    if steps is not None:
+        states = flow.states(x, memory)
+    else:
+        assert flow.cost is not None
+        grid = flow.cost.grid
+        steps, states = [(a, b - a) for a, b in pairwise(grid)], flow.trajectory(x, grid)
     sizes: list[float] = []
-    for (t, h), state in zip(steps, flow.states(x, memory), strict=False):
+    for (t, h), state in zip(steps, states, strict=False):
         slope = flow.field(inside(flow.field.knots, t, h, 0, state.dtype), state)
         sizes.append(float((abs(h) * _norms(slope) / _norms(state)).mean()))
     return sizes
