@@ -1,5 +1,6 @@
 """Bases of functions of depth: theta(t) = sum_k phi_k(t) theta_k, and the projection of one basis onto another."""
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ class Basis(ABC):
 
     `basis(t)` lists those that are not zero at t, as (index, value); `knots` are the interior depths where one of them has
     a kink. In a `nodal` basis no value is negative and at every depth they sum to one, so that theta(t) is an average of
-    the coefficients: what running statistics need.
+    the coefficients: what running statistics need. `continuous` says whether all functions are.
 
     Raises:
         ValueError: too few functions, or a depth that is not positive.
@@ -31,6 +32,7 @@ class Basis(ABC):
 
     least: ClassVar[int] = 1
     nodal: ClassVar[bool] = False
+    continuous: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.size, int) or self.size < self.least:
@@ -48,6 +50,15 @@ class Basis(ABC):
     @abstractmethod
     def terms(self, t: float) -> Terms:
         """What `basis(t)` lists, at a depth in [0, depth]."""
+
+    def roughness(self, theta: Tensor) -> Tensor:
+        """int_0^1 |d theta / ds|^2 ds over s = t / depth, for the coefficients theta, (size, *shape).
+
+        Raises:
+            TypeError: functions with kinks, for which nothing is said.
+        """
+        flat = theta.reshape(self.size, -1)
+        return (flat * (_derivative_gram(self).to(flat) @ flat)).sum()
 
 
 @dataclass(frozen=True)
@@ -78,6 +89,9 @@ class Hat(Basis):
             return [(nearest, 1.0)]
         left = math.floor(place)
         return [(left, 1 - (place - left)), (left + 1, place - left)]
+
+    def roughness(self, theta: Tensor) -> Tensor:
+        return (self.size - 1) * theta.diff(dim=0).square().sum()
 
 
 @dataclass(frozen=True)
@@ -128,9 +142,13 @@ class Fourier(Basis):
 
 @dataclass(frozen=True)
 class Box(Basis):
-    """Step functions: phi_k is one on the k-th of `size` equal parts and zero elsewhere; the weights of layers."""
+    """Step functions: phi_k is one on the k-th of `size` equal parts and zero elsewhere; the weights of layers.
+
+    A jump counts in the `roughness` as one between layers, of which there are `size` on the unit of depth.
+    """
 
     nodal = True
+    continuous = False
 
     @property
     def knots(self) -> tuple[float, ...]:
@@ -138,6 +156,9 @@ class Box(Basis):
 
     def terms(self, t: float) -> Terms:
         return [(min(math.floor(t * self.size / self.depth), self.size - 1), 1.0)]
+
+    def roughness(self, theta: Tensor) -> Tensor:
+        return self.size * theta.diff(dim=0).square().sum()
 
 
 def _not_zero(values: Sequence[float]) -> Terms:
@@ -171,6 +192,23 @@ def projection(old: Basis, new: Basis) -> Tensor:
     roots = [math.sqrt((stop - start) * weight) for start, stop in pieces for _, weight in rule]
     scale = torch.tensor(roots, dtype=torch.float64, device="cpu")[:, None]
     return torch.linalg.lstsq(scale * _sampled(new, points), scale * _sampled(old, points)).solution
+
+
+@functools.lru_cache
+def _derivative_gram(basis: Basis) -> Tensor:
+    """The matrix int_0^1 phi_i' phi_j' ds of a smooth basis, in float64, by way of Legendre's polynomials on [0, 1].
+
+    There it is 2 min(i, j) (min(i, j) + 1) for even i + j, else zero. Polynomials lose nothing on the way, and a wave of
+    number k needs those of degree up to about pi k, plus a few.
+    """
+    if basis.knots:
+        raise TypeError(f"{basis} has kinks: a basis with kinks says its own `roughness`, as Hat and Box do")
+    legendre = Legendre(2 * basis.size + 24, basis.depth)
+    k = torch.arange(legendre.size, dtype=torch.float64, device="cpu")
+    low = torch.minimum(k[:, None], k)
+    stiffness = 2 * low * (low + 1) * ((k[:, None] + k) % 2 == 0)
+    matrix = projection(basis, legendre)
+    return matrix.T @ stiffness @ matrix
 
 
 def _sampled(basis: Basis, points: Sequence[float]) -> Tensor:

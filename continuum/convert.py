@@ -30,7 +30,6 @@ from continuum.models.network import Network
 from continuum.models.parts import ConvNorm, Transition
 from continuum.schemes import Euler
 from continuum.solvers import FixedStep
-from continuum.weights import PiecewiseConstant
 from continuum.zoo import BUILDERS, imagenet_resnet, resnet
 
 
@@ -180,8 +179,8 @@ def _names(network: Network, spelling: Spelling) -> dict[str, str]:
             if isinstance(stage.shortcut, ConvNorm):
                 names[f"stages.{index}.shortcut.conv"] = f"layer{layer}.0.{spelling.shortcut}.0"
                 names[f"stages.{index}.shortcut.norm"] = f"layer{layer}.0.{spelling.shortcut}.1"
-        elif isinstance(stage, Flow) and isinstance(stage.field, PiecewiseConstant):
-            for k, field in enumerate(stage.field.layers):
+        elif isinstance(stage, Flow):
+            for k, field in enumerate(stage.field.pieces()):
                 ours, theirs = f"stages.{index}.field.layers.{k}.branch", f"layer{layer}.{k + (index > 0)}"
                 names |= _branch_names(field.get_submodule("branch"), ours, theirs)
     return {**names, "head.linear": spelling.linear}

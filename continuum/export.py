@@ -11,7 +11,6 @@ from torch import Tensor
 
 from continuum.files import whole_file
 from continuum.models.network import Network
-from continuum.solvers import FixedStep
 from continuum.types import Images, Logits
 
 SUFFIXES = (".pt2", ".onnx")
@@ -41,7 +40,7 @@ def export(network: Network, path: str | os.PathLike[str], images: Images) -> fl
     if not len(images):
         raise ValueError("an export needs one image or more, to be traced and checked with")
     for index, flow in enumerate(network.flows):
-        if not isinstance(flow.solver, FixedStep):
+        if flow.solver.steps(0.0, flow.depth) is None:
             raise TypeError(
                 f"flow {index} of this network is solved by {flow.solver}, whose steps depend on the images: export "
                 "network.frozen(images), or the network under a solver with fixed steps, such as 'rk4:h=0.25'"

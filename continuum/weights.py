@@ -9,7 +9,6 @@
 """
 
 import copy
-import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import cast
@@ -19,8 +18,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from continuum.bases import Basis, Box, Hat, Legendre, Terms, projection
-from continuum.fields import Field, Momentum, Scaled
+from continuum.bases import Basis, Box, Terms, projection
+from continuum.fields import Field
 from continuum.fields.base import as_part, in_mode_of
 from continuum.types import State, Time
 
@@ -71,10 +70,11 @@ class Expansion(Field):
         )
         self._set_basis(basis)
         if one:
-            self._replace(lambda name, tensor: _constant(tensor, basis))
+            _replace(self.field, self.norms, lambda name, tensor: _constant(tensor, basis))
         else:
             coefficients = [dict(_tensors(other, self.norms)) for other in fields]
-            self._replace(lambda name, tensor: torch.stack([tensors[name].detach() for tensors in coefficients]))
+            stacked = {name: torch.stack([tensors[name].detach() for tensors in coefficients]) for name in coefficients[0]}
+            _replace(self.field, self.norms, lambda name, tensor: stacked[name])
 
     def _set_basis(self, basis: Basis) -> None:
         for name in self.norms:
@@ -88,16 +88,6 @@ class Expansion(Field):
                 raise ValueError(f"{name} is a {type(norm).__name__} with momentum=None: give it a number, such as 0.1")
         self.basis = basis
         self.knots, self.extent = basis.knots, basis.depth
-
-    def _replace(self, new: Callable[[str, Tensor], Tensor]) -> None:
-        """Put new(name, tensor) in the place of each tensor that varies with depth; tied parameters stay tied."""
-        made: dict[Tensor, Tensor] = {}
-        for name, old in list(_tensors(self.field, self.norms)):
-            if old not in made:
-                tensor = new(name, old.detach())
-                made[old] = nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor
-            owner, _, attribute = name.rpartition(".")
-            setattr(self.field.get_submodule(owner), attribute, made[old])
 
     def forward(self, t: Time, x: State) -> State:
         terms = self.basis(float(t.detach() if isinstance(t, Tensor) else t))
@@ -132,8 +122,20 @@ class Expansion(Field):
         projected = copy.deepcopy(self)
         projected._set_basis(basis)
         matrix = projection(self.basis, basis)
-        projected._replace(lambda name, tensor: _projected(name, tensor, matrix))
+        _replace(projected.field, self.norms, lambda name, tensor: _projected(name, tensor, matrix))
         return projected
+
+    def held(self, t: float) -> Field:
+        """The expanded field with the weights, and running statistics, that it has at depth t: a copy."""
+        layer, terms = copy.deepcopy(self.field), self.basis(t)
+        _replace(layer, self.norms, lambda name, tensor: combined(tensor, terms).to(tensor.dtype).clone())  # not a view
+        return in_mode_of(self, layer.held(t))
+
+    def innermost(self) -> Field:
+        return self.field.innermost()
+
+    def expanded(self) -> tuple[Basis, list[Tensor]]:
+        return self.basis, list(self.field.own_weights().values())
 
     def extra_repr(self) -> str:
         return str(self.basis)
@@ -162,6 +164,17 @@ def _tensors(field: Field, norms: Sequence[str]) -> Iterator[tuple[str, Tensor]]
     for name in norms:
         for attribute in STATISTICS:
             yield f"{name}.{attribute}", getattr(field.get_submodule(name), attribute)
+
+
+def _replace(field: Field, norms: Sequence[str], new: Callable[[str, Tensor], Tensor]) -> None:
+    """Put new(name, tensor) in the place of each tensor that varies with depth; tied parameters stay tied."""
+    made: dict[Tensor, Tensor] = {}
+    for name, old in list(_tensors(field, norms)):
+        if old not in made:
+            tensor = new(name, old.detach())
+            made[old] = nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+        owner, _, attribute = name.rpartition(".")
+        setattr(field.get_submodule(owner), attribute, made[old])
 
 
 def _constant(tensor: Tensor, basis: Basis) -> Tensor:
@@ -242,18 +255,15 @@ class PiecewiseConstant(Field):
         return [cast(Field, layer) for layer in self.layers]
 
     def mapped(self, change: Callable[[Field], Field]) -> "PiecewiseConstant":
-        return self._of(map(change, self.pieces()))
-
-    def _of(self, layers: Iterable[Field]) -> "PiecewiseConstant":
-        field = in_mode_of(self, PiecewiseConstant(layers))
-        field.layers.training = self.training
-        return field
+        return in_mode_of(self, PiecewiseConstant(map(change, self.pieces())))
 
     def scaled(self, scale: float) -> Field:
         return self.mapped(lambda layer: layer.scaled(scale))
 
     def divided(self, k: int) -> Field:
-        return self._of(copy.deepcopy(layer).scaled(1 / k) for layer in self.pieces() for _ in range(k))
+        return in_mode_of(
+            self, PiecewiseConstant(copy.deepcopy(layer).scaled(1 / k) for layer in self.pieces() for _ in range(k))
+        )
 
     def project(self, basis: Basis) -> Expansion:
         """The expansion whose theta(t) is nearest to these steps in the norm of L2[0, n]; running statistics too.
@@ -271,15 +281,17 @@ class PiecewiseConstant(Field):
         """
         if basis.depth != len(self.layers):
             raise ValueError(f"the depth of these layers is their number, {len(self.layers)}; got {basis}")
-        scales = {layer.scale if isinstance(layer, Scaled) else 1.0 for layer in self.layers}
-        if len(scales) > 1:
-            raise ValueError(f"the layers have different scales, {sorted(scales)}: one field cannot have them all")
-        expansion = Expansion([cast(Field, layer) for layer in self.layers], Box(len(self.layers), basis.depth)).project(basis)
-        expansion.training = self.training
-        return expansion
+        return in_mode_of(self, Expansion(self.pieces(), Box(len(self.layers), basis.depth)).project(basis))
+
+    def held(self, t: float) -> Field:
+        return in_mode_of(self, self.at(t).held(t))
+
+    def expanded(self) -> tuple[Basis, list[Tensor]]:
+        count = len(self.layers)
+        return Box(count, count), _stacked([layer.own_weights() for layer in self.pieces()])
 
 
-def depth_smoothness(field: PiecewiseConstant | Expansion, tau: float = 1.0) -> Tensor:
+def depth_smoothness(field: Field, tau: float = 1.0) -> Tensor:
     """int |d theta / ds|^2 ds + tau |theta(0)|^2 over all parameters, with the depth s = t / T in [0, 1].
 
     For N layers it is N sum_i |theta_{i+1} - theta_i|^2 + tau |theta_0|^2 (arXiv 1810.11741). The factor N keeps its size
@@ -300,32 +312,23 @@ def depth_smoothness(field: PiecewiseConstant | Expansion, tau: float = 1.0) -> 
         One number, differentiable with respect to the parameters.
 
     Raises:
-        TypeError: a field whose weights are no function of depth, or a basis with kinks other than `Hat` and `Box`.
+        TypeError: a field whose weights are no function of depth, or a basis with kinks that does not say its `roughness`.
         ValueError: layers of several kinds, or a negative tau.
     """
     if not tau >= 0:
         raise ValueError(f"tau weighs |theta(0)|^2 and is not negative; got {tau}")
-    if isinstance(field, PiecewiseConstant):
-        basis, thetas = Box(len(field.layers), len(field.layers)), _stacked([weights_of(layer) for layer in field.layers])
-    elif isinstance(field, Expansion):
-        basis, thetas = field.basis, list(weights_of(field.field).values())
-    else:
+    found = field.expanded()
+    if found is None:
         raise TypeError(
             f"the weights of a {type(field).__name__} are not a function of depth: only PiecewiseConstant layers and an "
             "Expansion have a smoothness"
         )
+    basis, thetas = found
     total = torch.zeros(())
     for theta in thetas:
-        energy = _derivative_energy(basis, theta) + tau * combined(theta, basis(0.0)).square().sum()
+        energy = basis.roughness(theta) + tau * combined(theta, basis(0.0)).square().sum()
         total = total.to(energy) + energy
     return total
-
-
-def weights_of(layer: nn.Module) -> dict[str, Tensor]:
-    """The parameters that are theta: without the k of `Momentum`, and by names that `Momentum` and `Scaled` do not change."""
-    while isinstance(layer, Momentum | Scaled):
-        layer = layer.field
-    return dict(layer.named_parameters())
 
 
 def _stacked(layers: Sequence[dict[str, Tensor]]) -> list[Tensor]:
@@ -339,29 +342,3 @@ def _stacked(layers: Sequence[dict[str, Tensor]]) -> list[Tensor]:
                     f"layer 0 and {kind.get(name, 'none')} in layer {index}"
                 )
     return [torch.stack([layer[name] for layer in layers]) for name in layers[0]]
-
-
-def _derivative_energy(basis: Basis, theta: Tensor) -> Tensor:
-    """int_0^1 |d theta / ds|^2 ds for the coefficients theta, (basis.size, *shape)."""
-    if isinstance(basis, Hat | Box):
-        gaps = basis.size - 1 if isinstance(basis, Hat) else basis.size
-        return gaps * theta.diff(dim=0).square().sum()
-    flat = theta.reshape(basis.size, -1)
-    return (flat * (_derivative_gram(basis).to(flat) @ flat)).sum()
-
-
-@functools.lru_cache
-def _derivative_gram(basis: Basis) -> Tensor:
-    """The matrix int_0^1 phi_i' phi_j' ds of a smooth basis, in float64, by way of Legendre's polynomials on [0, 1].
-
-    There it is 2 min(i, j) (min(i, j) + 1) for even i + j, else zero. Polynomials lose nothing on the way, and a wave of
-    number k needs those of degree up to about pi k, plus a few.
-    """
-    if basis.knots:
-        raise TypeError(f"{basis} has kinks: of such bases depth_smoothness knows Hat and Box")
-    legendre = Legendre(2 * basis.size + 24, basis.depth)
-    k = torch.arange(legendre.size, dtype=torch.float64, device="cpu")
-    low = torch.minimum(k[:, None], k)
-    stiffness = 2 * low * (low + 1) * ((k[:, None] + k) % 2 == 0)
-    matrix = projection(basis, legendre)
-    return matrix.T @ stiffness @ matrix

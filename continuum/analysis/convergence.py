@@ -4,17 +4,17 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
 
-from continuum.fields import Autonomous, Coupled, Field, Momentum, Scaled, SecondOrder
+from continuum.fields import Field
+from continuum.fields.base import in_mode_of
 from continuum.flow import Flow
 from continuum.schemes import Euler, Scheme
 from continuum.solvers import Adaptive, FixedStep, SolveError
-from continuum.types import State, Time
-from continuum.weights import STATISTICS, Expansion, PiecewiseConstant, combined
+from continuum.types import State
+from continuum.weights import PiecewiseConstant
 
 TOLERANCES = (1e-6, 1e-8, 1e-10)
 """Of references, each tighter than the one before as long as it is affordable."""
@@ -110,7 +110,7 @@ def reference_end(flow: Flow, x: State) -> Reference:
     return _reference(copied(flow.drift().field), x.double(), flow.depth)
 
 
-def sampled(field: Expansion, layers: int) -> PiecewiseConstant:
+def sampled(field: Field, layers: int) -> PiecewiseConstant:
     """The N layers x+ = x + (T / N) f(x; theta(i T / N)), whose deep limit is the equation of `field` on [0, T].
 
     Euler's scheme with h = 1 over depth N is that residual network; it converges with order 1 (arXiv 1810.11741). The layers
@@ -118,23 +118,21 @@ def sampled(field: Expansion, layers: int) -> PiecewiseConstant:
 
     >>> from continuum.bases import Hat
     >>> from continuum.fields import MLP
+    >>> from continuum.weights import Expansion
     >>> len(sampled(Expansion(MLP(2, hidden=8), Hat(3, depth=2)), 8).layers)
     8
 
     Raises:
-        TypeError: the field is no `Expansion`.
+        TypeError: the weights of the field are no continuous function of depth, as those of an `Expansion` are.
         ValueError: the number of layers is no positive integer.
     """
-    _check_expansion(field)
     _checked_counts([layers], "layers")
-    size = field.basis.depth / layers
-    network = PiecewiseConstant(held(field, i * size).scaled(size) for i in range(layers))
-    network.training = network.layers.training = field.training
-    return network
+    size = _depth_of_weights(field) / layers
+    return in_mode_of(field, PiecewiseConstant(field.held(i * size).scaled(size) for i in range(layers)))
 
 
 @torch.no_grad()
-def deep_limit(field: Expansion, x: State, layers: Sequence[int] = (8, 16, 32, 64, 128)) -> Convergence:
+def deep_limit(field: Field, x: State, layers: Sequence[int] = (8, 16, 32, 64, 128)) -> Convergence:
     """|x_N - x(T)| / |x(T)|, for the networks of N layers `sampled` from `field` and the solution of its equation.
 
     Computed in float64 on a copy in evaluation mode, with the reference of `scheme_errors`.
@@ -144,78 +142,11 @@ def deep_limit(field: Expansion, x: State, layers: Sequence[int] = (8, 16, 32, 6
         SolveError: the reference is too dear even at 1e-6.
     """
     counts = _checked_counts(layers, "layers")
-    _check_expansion(field)
+    depth = _depth_of_weights(field)
     field, x = copied(field), x.double()
-    exact = _reference(field, x, field.basis.depth)
+    exact = _reference(field, x, depth)
     errors = tuple(_distance(Flow(sampled(field, n), FixedStep(Euler()), n)(x), exact.end) for n in counts)
     return Convergence("deep limit", counts, errors, 1, SAFE * exact.tolerance)
-
-
-# One depth
-
-
-class Held(Field):
-    """A field with its depth held at one value, f(x) = field(depth, x)."""
-
-    def __init__(self, field: Field, depth: float) -> None:
-        super().__init__()
-        self.field = field
-        self.at_depth = depth
-
-    def forward(self, t: Time, x: State) -> State:
-        return self.field(self.at_depth, x)
-
-    def extra_repr(self) -> str:
-        return f"depth={self.at_depth:g}"
-
-
-def held(field: Field, t: float) -> Field:
-    """`field` as it is at depth t, an autonomous field that the same schemes can step.
-
-    An `Expansion` becomes its field with weights theta(t) of its own; any other field keeps its weights.
-    """
-    autonomous = _held(field, t)
-    autonomous.training = field.training  # not train(), which would set the modes of shared parts too
-    return autonomous
-
-
-def _held(field: Field, t: float) -> Field:
-    match field:
-        case Expansion():
-            return held(_with_weights(field, t), t)
-        case PiecewiseConstant():
-            return held(field.at(t), t)
-        case Autonomous():
-            return field
-        case Scaled():
-            return held(field.field, t).scaled(field.scale)
-        case Momentum():
-            return field.around(held(field.field, t))
-        case SecondOrder():
-            return SecondOrder(held(field.second, t))
-        case Coupled():
-            return Coupled(held(field.first, t), held(field.second, t))
-        case _:
-            return Held(field, t)
-
-
-def _with_weights(field: Expansion, t: float) -> Field:
-    """The expanded field with the weights, and running statistics, that it has at depth t; tied parameters stay tied."""
-    layer, terms = copy.deepcopy(field.field), field.basis(t)
-
-    def at_depth(stacked: Tensor) -> Tensor:
-        return combined(stacked.detach(), terms).to(stacked.dtype).clone()  # not a view of the coefficients
-
-    made: dict[nn.Parameter, nn.Parameter] = {}
-    for module in layer.modules():
-        for name, stacked in list(module.named_parameters(recurse=False)):
-            made.setdefault(stacked, nn.Parameter(at_depth(stacked), stacked.requires_grad))
-            setattr(module, name, made[stacked])
-    for norm in field.norms:
-        module = layer.get_submodule(norm)
-        for name in STATISTICS:
-            setattr(module, name, at_depth(cast(Tensor, getattr(module, name))))
-    return layer
 
 
 # Parts
@@ -263,12 +194,15 @@ def _distance(x: State, exact: State) -> float:
     return float((x - exact).norm() / exact.norm())
 
 
-def _check_expansion(field: Field) -> None:
-    if not isinstance(field, Expansion):
+def _depth_of_weights(field: Field) -> float:
+    """Where theta(t) ends."""
+    found = field.expanded()
+    if found is None or not found[0].continuous:
         raise TypeError(
-            f"a deep limit takes the weights of an Expansion at N depths; a {type(field).__name__} has no theta(t). Layers get "
-            "one by PiecewiseConstant(layers).project(basis)"
+            f"a deep limit takes the weights of an Expansion at N depths; a {type(field).__name__} has no continuous theta(t). "
+            "Layers get one by PiecewiseConstant(layers).project(basis)"
         )
+    return found[0].depth
 
 
 def _checked_counts(counts: Sequence[int], what: str) -> tuple[int, ...]:

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 from torch.func import jvp
 
-from continuum.analysis.convergence import copied, held
+from continuum.analysis.convergence import copied
 from continuum.analysis.equations import LinearMultistep, OneStep, method_of
-from continuum.fields import Field, Momentum, SecondOrder
+from continuum.fields import Field
 from continuum.flow import Flow
-from continuum.schemes import AdamsBashforth, Leapfrog, LinearTwoStep, Scheme, TwoStepMidpoint
+from continuum.schemes import Scheme
 from continuum.schemes.runge_kutta import Tree
 from continuum.types import State
-from continuum.weights import PiecewiseConstant
 
 SOLUTION = "dopri8:rtol=1e-12,atol=1e-12"
 
@@ -56,24 +55,22 @@ def scheme_defects(field: Field, x: State, scheme: Scheme, sizes: Sequence[float
         TypeError: layers rather than one field, or a scheme that has no modified equation or cannot step the field.
         ValueError: a step that is not positive, or `NeumannSeries` on a field that is not linear.
     """
-    if isinstance(field, PiecewiseConstant):
+    if field.at(0.0) is not field:
         raise TypeError("a defect is of one smooth field: give a layer of these, field.at(0.0)")
     if not all(h > 0 for h in sizes):
         raise ValueError(f"steps are positive, not {list(sizes)}")
-    layer, x = held(copied(field), 0.0).requires_grad_(False), x.double()
+    layer, x = copied(field).held(0.0).requires_grad_(False), x.double()
     scheme.check(layer)
-    if isinstance(scheme, Leapfrog) and not isinstance(layer, SecondOrder):
-        raise TypeError(f"the positions of Leapfrog obey a two-step method on SecondOrder(a), not on a {type(field).__name__}")
-    method = method_of(scheme, float(layer.k) if isinstance(layer, Momentum) else None)
-    if isinstance(method, OneStep) and method.linear:
+    scheme.observed(layer, x)
+    _, k = layer.friction()
+    method = method_of(scheme, None if k is None else float(k))
+    if method.linear:
         check_linear(layer, x)
     degree, leading = _leading(method, lambda y: layer(0.0, y), x)
     found: list[Defect] = []
     for h in sizes:
         after, exact = _stepped(layer, scheme, method, x, h)
-        measured, predicted = after - exact, h**degree * leading
-        if isinstance(scheme, Leapfrog):  # the velocities are another method's
-            measured, predicted = (cast(SecondOrder, layer).halves(part)[0] for part in (measured, predicted))
+        measured, predicted = (scheme.observed(layer, part) for part in (after - exact, h**degree * leading))
         size = float(predicted.norm())
         found.append(Defect(h, float(measured.norm()), size, float((measured - predicted).norm()) / size))
     return found
@@ -93,18 +90,8 @@ def check_linear(field: Field, x: State) -> None:
 def _stepped(layer: Field, scheme: Scheme, method: LinearMultistep | OneStep, x: State, h: float) -> tuple[State, State]:
     """The state after a step of `scheme`, and the exact one."""
     flow = Flow(layer, SOLUTION, depth=1)
-    count = len(method.alpha) - 2 if isinstance(method, LinearMultistep) else 0
-    past = list(flow.trajectory(x, [-h * n for n in range(count + 1)])[1:]) if count else []
-    memory: tuple[State, ...] = ()
-    start = x
-    match scheme:
-        case AdamsBashforth():
-            memory = tuple(layer(0.0, state) for state in past)
-        case LinearTwoStep() | TwoStepMidpoint():
-            memory = (past[0],)
-        case Leapfrog():  # its velocity is that between two positions
-            (q, _), (before, _) = (cast(SecondOrder, layer).halves(state) for state in (x, past[0]))
-            start = torch.cat([q, (q - before) / h], dim=1)
+    past = list(flow.trajectory(x, [-h * n for n in range(method.past + 1)])[1:]) if method.past else []
+    start, memory = scheme.continued(layer, x, h, past)
     return scheme.step(layer, 0.0, start, h, memory)[0], flow.trajectory(x, (0.0, h))[-1]
 
 

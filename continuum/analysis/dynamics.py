@@ -7,20 +7,19 @@ and in what steps they go: |h f(x_i)| / |x_i| for the states, |theta_{i+1} - the
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from continuum.fields import Field, Momentum, Scaled
+from continuum.fields import Field
 from continuum.flow import Flow
 from continuum.models import Network
 from continuum.schemes.base import inside
-from continuum.solvers import Adaptive, FixedStep
 from continuum.types import Images, State
-from continuum.weights import Expansion, PiecewiseConstant, combined, weights_of
+from continuum.weights import combined
 
 ITERATIONS = 100
 """The most steps of the power iteration, three solves each."""
@@ -70,21 +69,15 @@ def flow_dynamics(network: Network, images: Images) -> list[Dynamics]:
     network = copy.deepcopy(network).double().eval().requires_grad_(False)
     network = network.drift() if network.stochastic else network
     entering = network.entering(images.double())
-    found: list[Dynamics] = []
-    for index, stage in enumerate(network.stages):
-        if isinstance(stage, Flow):
-            found.append(_of_flow(f"stages.{index}", stage, *entering[stage]))
-    return found
+    return [_of_flow(name, flow, *entering[flow]) for name, flow in network.named_flows.items()]
 
 
 def _of_flow(name: str, flow: Flow, x: State, memory: State | None) -> Dynamics:
-    if isinstance(flow.solver, Adaptive):
-        flow = flow.frozen(x)
-    elif isinstance(flow.solver, FixedStep):  # whatever is stored for a gradient, the steps are these
-        flow = flow.with_solver(replace(flow.solver, gradient="direct", every=1))
+    # Whatever is stored for a gradient, the steps are these.
+    flow = flow.frozen(x) if flow.solver.adaptive else flow.with_solver(flow.solver.direct())
     sigma = largest_singular_values(flow, x, memory)
     exponent = float(sigma.log().mean()) / flow.depth
-    return Dynamics(name, float(sigma.max()), exponent, _steps(flow, x, memory), _smoothness(flow.field, flow.depth))
+    return Dynamics(name, float(sigma.max()), exponent, _steps(flow, x, memory), _smoothness(flow.field))
 
 
 def largest_singular_values(flow: Flow, x: State, memory: State | None = None) -> Tensor:
@@ -127,34 +120,37 @@ def _unit(x: State) -> State:
 
 
 def _steps(flow: Flow, x: State, memory: State | None) -> list[float]:
-    assert isinstance(flow.solver, FixedStep)
+    """|h f| / |x| of each step: of those known beforehand, or else of those that the flow has just taken."""
+    steps = flow.solver.steps(0.0, flow.depth)
+    if steps is not None:
+        states = flow.states(x, memory)
+    else:
+        assert flow.cost is not None
+        grid = flow.cost.grid
+        steps, states = [(a, b - a) for a, b in pairwise(grid)], flow.trajectory(x, grid)
     sizes: list[float] = []
-    for (t, h), state in zip(flow.solver.steps(0.0, flow.depth), flow.states(x, memory), strict=False):
+    for (t, h), state in zip(steps, states, strict=False):
         slope = flow.field(inside(flow.field.knots, t, h, 0, state.dtype), state)
         sizes.append(float((abs(h) * _norms(slope) / _norms(state)).mean()))
     return sizes
 
 
-def _smoothness(field: Field, depth: float) -> list[float]:
-    thetas = _thetas(field, depth)
+def _smoothness(field: Field) -> list[float]:
+    thetas = _thetas(field)
     return [float((after - before).norm() / before.norm()) for before, after in pairwise(thetas)]
 
 
-def _thetas(field: Field, depth: float) -> Sequence[Tensor]:
+def _thetas(field: Field) -> Sequence[Tensor]:
     """The weights as one vector at each layer, or at evenly spaced depths; none where depths cannot be compared."""
-    match field:
-        case Scaled() | Momentum():
-            return _thetas(field.field, depth)
-        case PiecewiseConstant():
-            layers = [weights_of(layer) for layer in field.layers]
-            kinds = {tuple((name, tensor.shape) for name, tensor in layer.items()) for layer in layers}
-            return [_vector(list(layer.values())) for layer in layers] if len(kinds) == 1 and layers[0] else []
-        case Expansion():
-            coefficients, size = list(field.field.parameters()), field.basis.size
-            depths = [i * field.basis.depth / (size - 1) for i in range(size)] if size > 1 and coefficients else []
-            return [_vector([combined(theta, field.basis(t)) for theta in coefficients]) for t in depths]
-        case _:
-            return []
+    try:
+        found = field.expanded()
+    except ValueError:  # layers of several kinds
+        return []
+    if found is None or not found[1] or found[0].size < 2:
+        return []
+    basis, thetas = found
+    depths = [i * basis.depth / (basis.size - 1) for i in range(basis.size)]  # one in each part of a Box, too
+    return [_vector([combined(theta, basis(t)) for theta in thetas]) for t in depths]
 
 
 def _vector(tensors: Sequence[Tensor]) -> Tensor:

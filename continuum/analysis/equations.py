@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 from continuum.analysis.stability import level_curve, polynomial_roots, value
-from continuum.schemes import AdamsBashforth, Leapfrog, LinearTwoStep, NeumannSeries, RungeKutta, Scheme, TwoStepMidpoint
-from continuum.schemes.multistep import BETA
+from continuum.schemes import Scheme
 from continuum.schemes.runge_kutta import Tableau, Tree, density, rooted_trees
 
 if TYPE_CHECKING:
@@ -60,6 +59,13 @@ class LinearMultistep:
             )
         for name in ("alpha", "beta"):
             object.__setattr__(self, name, tuple(map(_exact, getattr(self, name))))
+
+    linear = False
+
+    @property
+    def past(self) -> int:
+        """How many states before the present one a step looks at."""
+        return len(self.alpha) - 2
 
     def modified(self, terms: int = 2) -> dict[int, "sympy.Expr"]:
         """The coefficients c_q of sum_q c_q h^(q - power) x^(q) = f, for q = power, ..., power + terms - 1."""
@@ -139,6 +145,20 @@ class LinearMultistep:
         roots = polynomial_roots(torch.where(unsolvable[..., None], torch.ones_like(polynomial), polynomial))
         return roots.abs().amax(-1).masked_fill(unsolvable, math.inf)
 
+    def root(self, z: complex) -> complex:
+        """The largest root r of rho - z sigma, for z = h^power rate."""
+        roots = polynomial_roots(self.step_polynomial(_complex(z))).tolist()
+        return max(roots, key=lambda root: (round(abs(root), 12), root.imag))
+
+    def modified_rate(self, rate: complex, h: float, terms: int) -> complex:
+        """The root s of sum_q c_q h^(q - power) s^q = rate next to that of the first term alone."""
+        numbers = _numbers([*self.modified(terms).values()])
+        limit = (complex(rate) / numbers[0]) ** (1 / self.power)
+        while not numbers[-1]:
+            numbers = numbers[:-1]
+        row = [-rate, *[0.0] * (self.power - 1), *(c * h**i for i, c in enumerate(numbers))]
+        return min(polynomial_roots(_complex(row)).tolist(), key=lambda root: abs(root - limit))
+
     def boundary(self, points: int = 360) -> tuple[list[float], list[float]]:
         """The boundary locus z = rho(e^(ia)) / sigma(e^(ia)), as real and imaginary parts: the region of absolute stability
         is bounded by parts of it.
@@ -169,6 +189,9 @@ class OneStep:
 
     zero_stable = True
     """Where f = 0, x stays."""
+
+    power = 1
+    past = 0
 
     @classmethod
     def of(cls, tableau: Tableau) -> "OneStep":
@@ -201,6 +224,15 @@ class OneStep:
         """|R(z)|, by which a step multiplies: (...) for z = h rate of shape (...)."""
         return value(_floats(self.stability), _complex(z)).abs()
 
+    def root(self, z: complex) -> complex:
+        """R(z), for z = h rate."""
+        return value(_floats(self.stability), _complex([z])).tolist()[0]
+
+    def modified_rate(self, rate: complex, h: float, terms: int) -> complex:
+        """sum_q l_q h^(q - 1) rate^q."""
+        numbers = _floats([*self.modified(terms).values()])
+        return sum(c * h**i * rate ** (i + 1) for i, c in enumerate(numbers))
+
     def boundary(self, points: int = 360) -> tuple[list[float], list[float]]:
         """The part of |R(z)| = 1 that goes through z = 0, as real and imaginary parts."""
         return level_curve(_floats(self.stability), _checked(points))
@@ -209,7 +241,7 @@ class OneStep:
 def method_of(scheme: Scheme, k: float | None = None) -> LinearMultistep | OneStep:
     """What a scheme is in numbers. `k` is that of `LinearTwoStep`'s layers, the symbol k if it is not given.
 
-    >>> from continuum.schemes import RK4
+    >>> from continuum.schemes import RK4, LinearTwoStep
     >>> print(method_of(LinearTwoStep()))
     (1 + k) x' + (1 - k) h/2 x'' = f + O(h^2)
     >>> method_of(RK4()).order
@@ -220,27 +252,21 @@ def method_of(scheme: Scheme, k: float | None = None) -> LinearMultistep | OneSt
     Raises:
         TypeError: a scheme that is neither, such as those for noise or for halves that move by different fields.
     """
-    match scheme:
-        case RungeKutta():
-            return OneStep.of(scheme.tableau)
-        case NeumannSeries(terms):
-            linear = Fraction(1 if terms > 1 else 0) - Fraction(1, 2)
-            return OneStep((Fraction(1),) * (terms + 1), 1, {((),): linear}, linear=True)
-        case AdamsBashforth(order):
-            beta = tuple(map(_fraction, reversed(BETA[order])))
-            return LinearMultistep((*[0] * (order - 1), -1, 1), (*beta, 0))
-        case LinearTwoStep():
-            import sympy
+    if scheme.tableau is not None:
+        return OneStep.of(scheme.tableau)
+    if scheme.series is not None:
+        r = (*scheme.series, 0)
+        return OneStep(tuple(map(Fraction, scheme.series)), 1, {((),): r[2] - Fraction(1, 2)}, linear=True)
+    import sympy
 
-            kept = sympy.Symbol("k", real=True) if k is None else _exact(k)
-            return LinearMultistep((-kept, kept - 1, 1), (0, 1, 0))
-        case TwoStepMidpoint():
-            return LinearMultistep((-1, 0, 1), (0, 2, 0))
-        case Leapfrog():
-            return LinearMultistep((1, -2, 1), (0, 1, 0), power=2)
+    multistep = scheme.multistep(sympy.Symbol("k", real=True) if k is None else _exact(k))
+    if multistep is not None:
+        alpha, beta, power = multistep
+        alpha, beta = (tuple(_fraction(c) if isinstance(c, float) else c for c in row) for row in (alpha, beta))
+        return LinearMultistep(alpha, beta, power)
     raise TypeError(
-        "modified equations are known for Runge-Kutta schemes, NeumannSeries, AdamsBashforth, LinearTwoStep, TwoStepMidpoint "
-        f"and Leapfrog, not for {type(scheme).__name__}"
+        f"modified equations are known of schemes that say a tableau, a series or a multistep method, and "
+        f"{type(scheme).__name__} says none"
     )
 
 
@@ -250,14 +276,11 @@ def method_of(scheme: Scheme, k: float | None = None) -> LinearMultistep | OneSt
 def dominant_rate(method: LinearMultistep | OneStep, rate: complex, h: float) -> complex:
     """log(r) / h for the largest root r of a step on x^(power) = rate x: how fast the steps really grow; -inf for r = 0.
 
+    >>> from continuum.schemes import LinearTwoStep
     >>> round(dominant_rate(method_of(LinearTwoStep(), k=-0.5), -1.0, h=0.01).real, 5)
     -2.06374
     """
-    if isinstance(method, OneStep):
-        (r,) = value(_floats(method.stability), _complex([h * rate])).tolist()
-    else:
-        roots = polynomial_roots(method.step_polynomial(_complex(h**method.power * rate))).tolist()
-        r = max(roots, key=lambda root: (round(abs(root), 12), root.imag))
+    r = method.root(h**method.power * rate)
     return cmath.log(r) / h if r else complex(-math.inf)
 
 
@@ -266,20 +289,11 @@ def modified_rate(method: LinearMultistep | OneStep, rate: complex, h: float, te
 
     Of a multistep method it is the root s of sum_q c_q h^(q - power) s^q = rate next to that of the first term alone.
 
+    >>> from continuum.schemes import LinearTwoStep
     >>> round(modified_rate(method_of(LinearTwoStep(), k=-0.5), -1.0, h=0.01).real, 5)
     -2.06389
     """
-    if isinstance(method, OneStep):
-        return sum(
-            c * h ** (q - 1) * rate**q
-            for q, c in zip(range(1, terms + 1), _floats([*method.modified(terms).values()]), strict=True)
-        )
-    numbers = _numbers([*method.modified(terms).values()])
-    limit = (complex(rate) / numbers[0]) ** (1 / method.power)
-    while not numbers[-1]:
-        numbers = numbers[:-1]
-    row = [-rate, *[0.0] * (method.power - 1), *(c * h**i for i, c in enumerate(numbers))]
-    return min(polynomial_roots(_complex(row)).tolist(), key=lambda root: abs(root - limit))
+    return method.modified_rate(rate, h, terms)
 
 
 # Trees

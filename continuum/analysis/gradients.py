@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from continuum.analysis.convergence import tightest
 from continuum.analysis.memory import peak_memory
-from continuum.fields import Coupled, Field, Momentum, Scaled
-from continuum.fields.fractal import TwoColumns
+from continuum.fields import Field
 from continuum.flow import Flow
 from continuum.schemes import ReversibleScheme
-from continuum.solvers import Adaptive, FixedStep, SolveError, Solver
+from continuum.schemes.base import scheme_of
+from continuum.solvers import SolveError, Solver
 from continuum.types import State
 
 
@@ -74,7 +74,7 @@ def compare_gradients(flow: Flow, x: State, solvers: Sequence[Solver]) -> list[G
     same_steps: dict[Solver, Tensor | None] = {}
     rows = []
     for solver in solvers:
-        direct = _direct(solver)
+        direct = solver.direct()
         if direct != solver and direct not in same_steps:
             same_steps[direct] = _unless_it_fails(flow.with_solver(direct), x, weights)
         reference = same_steps[direct] if direct != solver else None
@@ -154,21 +154,8 @@ def _exact(flow: Flow, x: State, weights: Tensor) -> Tensor | None:
     return _unless_it_fails(double.with_solver(replace(solver, gradient="checkpoint")), x, weights)
 
 
-def _direct(solver: Solver) -> Solver:
-    """The solver that takes the same steps and leaves the gradient to autograd."""
-    match solver:
-        case FixedStep():
-            return replace(solver, gradient="direct", every=1)
-        case Adaptive(gradient="direct"):
-            return solver
-        case Adaptive():  # the engine of an adjoint is torchdiffeq, whose steps the fast one takes too
-            return replace(solver, gradient="direct", engine=None)
-        case _:
-            raise TypeError(f"gradients are compared under fixed and adaptive steps, not under {solver}")
-
-
 def _is_reversible(solver: Solver) -> bool:
-    return isinstance(solver, FixedStep) and isinstance(solver.scheme, ReversibleScheme)
+    return isinstance(scheme_of(solver), ReversibleScheme)
 
 
 def _distance(gradient: Tensor, reference: Tensor) -> float:
@@ -192,7 +179,7 @@ class _Counter(AbstractContextManager["_Counter"]):
     """
 
     def __init__(self, field: Field) -> None:
-        self.parts = {_innermost(layer) for layer in field.pieces()}
+        self.parts = {layer.innermost() for layer in field.pieces()}
         self.forward = self.backward = 0
         self.turned = False
         self.hooks = ExitStack()
@@ -213,14 +200,3 @@ class _Counter(AbstractContextManager["_Counter"]):
             self.backward += 1
         else:
             self.forward += 1
-
-
-def _innermost(layer: Field) -> nn.Module:
-    """The part of a layer that every evaluation of it calls once."""
-    match layer:
-        case Momentum() | Scaled():
-            return _innermost(layer.field)
-        case Coupled() | TwoColumns():
-            return _innermost(layer.second)
-        case _:
-            return layer

@@ -9,8 +9,6 @@ so -k is a momentum, 1 + k the friction that resists motion, and (1 - k) / 2 the
 
 from dataclasses import dataclass
 
-from continuum.fields import Momentum
-from continuum.flow import Flow
 from continuum.models import Network
 
 
@@ -49,8 +47,9 @@ def frictions(network: Network) -> list[Friction]:
     (6, 'stages.0', 1, True)
     """
     found: list[Friction] = []
-    for index, stage in enumerate(network.stages):
-        for place, layer in enumerate(stage.field.pieces() if isinstance(stage, Flow) else ()):
-            if isinstance(layer, Momentum):
-                found.append(Friction(f"stages.{index}", place, float(layer.k)))
+    for name, flow in network.named_flows.items():
+        for place, layer in enumerate(flow.field.pieces()):
+            _, k = layer.friction()
+            if k is not None:
+                found.append(Friction(name, place, float(k)))
     return found

@@ -15,17 +15,18 @@ from torch import Tensor
 from continuum.analysis.convergence import Convergence, deep_limit, reference_end, scheme_errors
 from continuum.analysis.cost import tolerance_sweep
 from continuum.analysis.dynamics import flow_dynamics
-from continuum.analysis.equations import LinearMultistep, method_of
+from continuum.analysis.equations import method_of
 from continuum.analysis.figures import Axes, Line, Panel
 from continuum.analysis.gradients import compare_gradients
 from continuum.analysis.momentum import frictions
 from continuum.bases import Hat
+from continuum.fields import Field
 from continuum.flow import Flow
 from continuum.models import Network
 from continuum.schemes import RK4, Euler, Midpoint, Scheme
-from continuum.solvers import FixedStep, SolveError, Solver, parse
+from continuum.schemes.base import scheme_of
+from continuum.solvers import SolveError, Solver, parse
 from continuum.types import Images, State
-from continuum.weights import Expansion, PiecewiseConstant
 
 FEW = 4
 """Images where a tight reference is needed: kinks in the field make it dear, and each image has its own."""
@@ -88,7 +89,7 @@ def report(network: Network, sample: Sample, content: Mapping[str, Any]) -> Iter
 
 def entered(network: Network, images: Images) -> list[Entry]:
     """What reaches every flow when these images pass the network in evaluation mode."""
-    names = {flow: name for name, flow in network.named_modules() if isinstance(flow, Flow)}
+    names = {flow: name for name, flow in network.named_flows.items()}
     return [Entry(names[flow], flow, x, memory) for flow, (x, memory) in network.entering(images).items()]
 
 
@@ -116,7 +117,7 @@ def _convergence(entries: Sequence[Entry]) -> Section:
     rows, numbers, panels = [], [], []
     for entry in entries:
         schemes: list[Scheme] = [Euler(), Midpoint(), RK4()]
-        own = entry.flow.solver.scheme if isinstance(entry.flow.solver, FixedStep) else None
+        own = scheme_of(entry.flow.solver)
         if own is not None and own not in schemes:
             schemes.append(own)
         x = entry.x[:FEW]
@@ -140,7 +141,7 @@ def _convergence(entries: Sequence[Entry]) -> Section:
 def _deep_limit(entries: Sequence[Entry]) -> Section:
     numbers, rows, found = [], [], []
     for entry in entries:
-        expansion = _as_expansion(entry.flow)
+        expansion = _as_expansion(entry.flow.field)
         if expansion is None:
             continue
         limit = deep_limit(expansion, entry.x[:FEW])
@@ -157,14 +158,13 @@ def _deep_limit(entries: Sequence[Entry]) -> Section:
     return Section("Deep limit", summary, headings, rows, [_orders("deep limit", "layers N", found)], numbers)
 
 
-def _as_expansion(flow: Flow) -> Expansion | None:
-    """The flow's weights as a continuous function of depth; None where they do not vary, or jump too seldom to tell."""
-    weights = flow.field
-    if isinstance(weights, Expansion):
-        return weights
-    if isinstance(weights, PiecewiseConstant) and len(weights.layers) >= 3:
-        return weights.project(Hat(len(weights.layers), depth=float(len(weights.layers))))
-    return None
+def _as_expansion(field: Field) -> Field | None:
+    """The field with weights that are continuous in depth; None where they do not vary, or jump too seldom to tell."""
+    found = field.expanded()
+    if found is None or found[0].continuous:
+        return None if found is None else field
+    basis, _ = found
+    return field.project(Hat(basis.size, basis.depth)) if basis.size >= 3 else None
 
 
 def _equations(network: Network) -> Section:
@@ -172,8 +172,8 @@ def _equations(network: Network) -> Section:
     methods: dict[str, Any] = {}
     learnt = [friction.k for friction in frictions(network)]
     for flow in network.flows:
-        if isinstance(flow.solver, FixedStep):
-            scheme = flow.solver.scheme
+        scheme = scheme_of(flow.solver)
+        if scheme is not None:
             for k in sorted({min(learnt), statistics.mean(learnt), max(learnt)}) if learnt else [None]:
                 name = str(scheme).partition(":")[0] + (f", k = {k:.3g}" if k is not None else "")
                 methods[name] = method_of(scheme, k)
@@ -181,7 +181,7 @@ def _equations(network: Network) -> Section:
         raise TypeError("no flow has fixed steps, and adaptive ones have no single modified equation")
     rows, numbers, lines = [], [], []
     for name, method in methods.items():
-        stable = "yes" if not isinstance(method, LinearMultistep) or method.zero_stable else "no"
+        stable = "yes" if method.zero_stable else "no"
         rows.append([name, str(method), stable])
         x, y = method.boundary(240)
         lines.append(Line(name, x, y))

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from continuum.fields import Field
-from continuum.noise import Normal, StochasticField
+from continuum.noise import StochasticField
 from continuum.noise.base import noise_of
-from continuum.schemes import EulerMaruyama, Milstein, StochasticScheme, StochasticTwoStep
-from continuum.schemes.base import inside
+from continuum.schemes import EulerMaruyama, StochasticScheme
+from continuum.schemes.base import Memory, inside
 from continuum.types import State
 
 SDE = EulerMaruyama("brownian")
@@ -47,7 +47,7 @@ def linear_moment(
         ValueError: a law that varies with depth.
     """
     _check_constant(field, depth)
-    moves = _linear_moves(field, scheme, rates, depth / steps, power)
+    moves = scheme.moves(field, rates, depth / steps, power)
     # (1 + d)^q - 1 and log1p: near N = 2^16 a step changes little, and what it changes must not be lost beside 1.
     growth = math.fsum(weight * math.comb(power, k) * d**k for d, weight in moves for k in range(1, power + 1))
     return math.exp(steps * math.log1p(growth)) if growth > -1 else (1 + growth) ** steps
@@ -58,24 +58,6 @@ def limit_moment(field: StochasticField, rates: Sequence[float], power: int, dep
     _check_constant(field, depth)
     mu, s = (_dot(weights, rates) for weights in (field.means(0.0), field.deviations(0.0)))
     return math.exp(power * mu * depth + power * (power - 1) * s**2 * depth / 2)
-
-
-def _linear_moves(
-    field: StochasticField, scheme: StochasticScheme, rates: Sequence[float], h: float, power: int
-) -> list[tuple[float, float]]:
-    """What a step from x = 1 may add, and with which weight: enough for moments of this power."""
-    if not isinstance(scheme, EulerMaruyama | Milstein):
-        raise TypeError(f"moments are known for EulerMaruyama and Milstein, not for {type(scheme).__name__}")
-    if isinstance(scheme, EulerMaruyama) and scheme.increments == "own":
-        moves: list[tuple[float, float]] = []
-        for eta, weight in field.law(0.0).nodes(power):
-            published = field.coefficients(0.0, torch.tensor(eta, dtype=torch.float64))
-            moves.append((_dot([float(a) for a in field.stepped(0.0, h, published)], rates), weight))
-        return moves
-    mu, s = (_dot(weights, rates) for weights in (field.means(0.0), field.deviations(0.0)))
-    if isinstance(scheme, Milstein):
-        return [(h * (mu + s**2 * (z**2 - 1) / 2) + math.sqrt(h) * s * z, w) for z, w in Normal().nodes(2 * power)]
-    return [(h * mu + math.sqrt(h) * s * z, w) for z, w in Normal().nodes(power)]
 
 
 def _dot(weights: Sequence[float], rates: Sequence[float]) -> float:
@@ -95,33 +77,18 @@ def _check_constant(field: StochasticField, depth: float) -> None:
 
 @dataclass
 class CoupledPath:
-    """One of several solutions by common noise: its scheme, its number of steps, its state, and the one before it."""
+    """One of several solutions by common noise: its scheme, its number of steps, its state, and what the scheme remembers."""
 
     scheme: StochasticScheme
     steps: int
     x: State
-    before: State | None = None
+    memory: Memory
 
     def step(self, field: Field, t: float, h: float, normals: Mapping[str, Tensor]) -> None:
         depth = inside(field.knots, t, h, 0, self.x.dtype)
         noisy = noise_of(field.at(depth))
-        drawn = None if noisy is None else _drawn(self.scheme, noisy, depth, self.x, h, normals[noisy.noise])
-        if isinstance(self.scheme, StochasticTwoStep):
-            self.x, (self.before,) = self.scheme.step(field, t, self.x, h, (self.before, drawn))
-        else:
-            self.x, _ = self.scheme.step(field, t, self.x, h, (drawn,))
-
-
-def _drawn(scheme: StochasticScheme, field: StochasticField, t: float, x: State, h: float, z: Tensor) -> object:
-    """What a step takes from chance, made from standard normals z."""
-    if isinstance(scheme, Milstein):
-        return math.sqrt(h) * z
-    if not isinstance(scheme, EulerMaruyama | StochasticTwoStep):
-        raise TypeError(f"steps are driven for EulerMaruyama, Milstein and StochasticTwoStep, not for {type(scheme).__name__}")
-    if scheme.increments == "brownian":
-        return field.brownian(t, x, h, z)
-    # In float64, for Phi(z) is 1 from z = 5.4 on in float32.
-    return field.own(t, x, h, field.law(t).quantile(torch.special.ndtr(z.double())).to(z.dtype))
+        drawn = None if noisy is None else self.scheme.driven(noisy, depth, self.x, h, normals[noisy.noise])
+        self.x, self.memory = self.scheme.step(field, t, self.x, h, (*self.memory, drawn))
 
 
 def run_coupled(field: Field, depth: float, paths: Sequence[CoupledPath], fine: int, generator: torch.Generator) -> None:
@@ -227,8 +194,9 @@ def _sampled(
         raise ValueError(f"the reference takes several steps in the place of one: {reference_steps} is no multiple of {wrong}")
     scheme.check(field)
     start = x.expand(paths, *x.shape[1:])
-    runs = [CoupledPath(scheme, count, start) for count in steps]
-    reference = CoupledPath(scheme if isinstance(scheme, Milstein) else SDE, reference_steps, start)
+    runs = [CoupledPath(scheme, count, start, scheme.past(start, None, depth / count)) for count in steps]
+    sde = scheme.of_sde()
+    reference = CoupledPath(sde, reference_steps, start, sde.past(start, None, depth / reference_steps))
     with torch.random.fork_rng(devices=forked_devices(x)):  # shake-shake draws for its backward pass too
         run_coupled(field, depth, [*runs, reference], reference_steps, torch.Generator(x.device).manual_seed(seed))
     return [run.x for run in runs], reference.x

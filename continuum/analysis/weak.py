@@ -17,12 +17,11 @@ from continuum.flow import Flow
 from continuum.models import Network
 from continuum.noise import Law, noise_only
 from continuum.noise.base import has_noise, noise_of
-from continuum.schemes import EulerMaruyama, StochasticTwoStep
-from continuum.schemes.base import inside
+from continuum.schemes import EulerMaruyama, StochasticScheme
+from continuum.schemes.base import inside, scheme_of
 from continuum.solvers import FixedStep
 from continuum.solvers.base import evaluating
 from continuum.types import Images, State
-from continuum.weights import PiecewiseConstant
 
 
 @dataclass(frozen=True)
@@ -194,28 +193,26 @@ def _flowed(
     own, layers = _own(flow), round(flow.depth)
     paths: list[CoupledPath] = []
     for scheme, (x, previous), m in zip((own, own, SDE), states, (1, 2, steps_per_layer), strict=True):
-        before = None if previous is None else torch.lerp(x, previous, 1 / (m * flow.refined))
-        paths.append(CoupledPath(scheme, m * layers, x, before))
+        paths.append(CoupledPath(scheme, m * layers, x, scheme.past(x, previous, 1 / (m * flow.refined))))
     run_coupled(flow.field, flow.depth, paths, steps_per_layer * layers, generator)
     return [path.x for path in paths]
 
 
-def _own(flow: Flow) -> EulerMaruyama | StochasticTwoStep:
-    """The scheme of a flow with noise, one-step or two-step, with increments by its own law."""
-    two_step = isinstance(flow.solver, FixedStep) and isinstance(flow.solver.scheme, StochasticTwoStep)
-    return StochasticTwoStep("own") if two_step else EulerMaruyama("own")
+def _own(flow: Flow) -> StochasticScheme:
+    """The scheme of a flow with noise, with increments by its own law."""
+    scheme = scheme_of(flow.solver)
+    return scheme.own_law() if isinstance(scheme, StochasticScheme) else EulerMaruyama("own")
 
 
 def _layers(network: Network, dtype: torch.dtype, seed: int) -> list[LayerNoise]:
     """The noise of all layers of the flows, in order."""
     torch.manual_seed(seed)  # for laws without closed-form moments
     found: list[LayerNoise] = []
-    for index, stage in enumerate(network.stages):
-        if isinstance(stage, Flow):
-            for n in range(math.ceil(stage.depth)):
-                name = f"stages.{index}.field" + (f".layers.{n}" if isinstance(stage.field, PiecewiseConstant) else "")
-                t = inside(stage.field.knots, float(n), 1.0, 0, dtype)
-                found.append(_layer(name, stage.field, t, 1 / math.sqrt(stage.depth)))
+    names = {module: name for name, module in network.named_modules()}
+    for flow in network.flows:
+        for n in range(math.ceil(flow.depth)):
+            t = inside(flow.field.knots, float(n), 1.0, 0, dtype)
+            found.append(_layer(names[flow.field.at(t)], flow.field, t, 1 / math.sqrt(flow.depth)))
     return found
 
 

@@ -12,7 +12,7 @@ from continuum.convert import from_checkpoint, to_checkpoint
 from continuum.export import SUFFIXES, ExportError, export
 from continuum.models import Network
 from continuum.models.checkpoint import CheckpointError, read, restore, save
-from continuum.solvers import FixedStep, SolveError, parse
+from continuum.solvers import SolveError, parse
 
 STATE_DICTS = (".pth", ".th")
 SAMPLES = 8
@@ -95,7 +95,7 @@ def _summary(network: Network) -> str:
 
 
 def _export(network: Network, dest: Path, freeze: bool, size: int | None) -> str:
-    adaptive = [str(flow.solver) for flow in network.flows if not isinstance(flow.solver, FixedStep)]
+    adaptive = [str(flow.solver) for flow in network.flows if flow.solver.steps(0.0, flow.depth) is None]
     if adaptive and not freeze:
         raise TypeError(
             f"a program has fixed steps, but those of {adaptive[0]} depend on the images: give --solver with others, such as "

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from continuum.bases import Basis
 from continuum.types import State, StateOrStates, Time
 
 M = TypeVar("M", bound=nn.Module)
@@ -31,6 +32,11 @@ class Field(nn.Module, ABC):
     knots: tuple[float, ...] = ()
     extent: float | None = None
     takes_number: bool = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Module | nn.Parameter) and name in vars(Field):  # which Python would never find again
+            raise AttributeError(f"every Field answers to {name!r} itself: give this {type(value).__name__} another name")
+        super().__setattr__(name, value)
 
     @abstractmethod
     def forward(self, t: Time, x: State) -> State:
@@ -81,14 +87,75 @@ class Field(nn.Module, ABC):
         """The field without its noise, of the same weights; itself where it has none."""
         return self
 
+    def held(self, t: float) -> "Field":
+        """The field as it is at depth `t`, at all depths: smooth, autonomous, and of a kind that the same schemes can step."""
+        return in_mode_of(self, Held(self, t))
+
+    # What it is made of, for the schemes that step some fields only; None where it is of another kind.
+
     def friction(self) -> tuple["Field", Tensor | float | None]:
         """f and k of the equation (1 + k) x' = f that this field states; k is None where it states x' = f."""
         return self, None
+
+    def coupled(self) -> tuple["Field", "Field"] | None:
+        """f and g of the equations y' = f(t, z), z' = g(t, y) that this field states for the halves of its state."""
+        return None
+
+    def acceleration(self) -> "Field | None":
+        """a of the equation q'' = a(t, q) that this field states for the first half of its state, the second being q'."""
+        return None
+
+    def columns(self) -> tuple["Field", "Field", float] | None:
+        """f1, f2 and k of a field k f1 + f2 whose f2 sees the state that f1 has moved, within a step of `Fractal`."""
+        return None
+
+    def innermost(self) -> "Field":
+        """The part that each evaluation of the field calls once, whichever scheme it is by."""
+        return self
+
+    # Noise
+
+    proportional: bool = True
+    """Whether `weighted` gives a multiple of the field."""
+
+    def weighted(self, t: Time, x: State, share: float) -> State:
+        """dx/dt where what the layer adds counts by `share` only, as in the mean over layers that are dropped at random."""
+        return share * self(t, x)
+
+    # Weights as functions of depth
+
+    def own_weights(self) -> dict[str, Tensor]:
+        """The parameters that are theta, by names that wrappers do not change: neither a common scale nor the k of a scheme."""
+        return dict(self.named_parameters())
+
+    def expanded(self) -> tuple[Basis, list[Tensor]] | None:
+        """A basis, and of each weight theta(t) = sum_k phi_k(t) theta_k the coefficients, a tensor (basis.size, *shape).
+
+        None where the weights are no function of depth.
+
+        Raises:
+            ValueError: layers whose weights differ in more than their numbers.
+        """
+        return None
+
+    def project(self, basis: Basis) -> "Field":
+        """The field whose theta(t) is nearest to this one's on another basis, in the norm of L2[0, depth], without data.
+
+        Raises:
+            TypeError: the weights are no function of depth.
+        """
+        raise TypeError(
+            f"the weights of a {type(self).__name__} are not a function of depth: only an Expansion or PiecewiseConstant "
+            "layers can be projected"
+        )
 
 
 def in_mode_of(module: nn.Module, other: M) -> M:
     """`other` in the mode of `module`; not by train(), which would set the modes of the parts that both share."""
     other.training = module.training
+    for child in other.children():
+        if isinstance(child, nn.ModuleList):  # a list of parts is the whole's own
+            child.training = module.training
     return other
 
 
@@ -127,6 +194,26 @@ class Autonomous(Field):
 
     def forward(self, t: Time, x: State) -> State:
         return self.module(x)
+
+    def held(self, t: float) -> Field:
+        return self
+
+
+class Held(Field):
+    """A field with its depth held at one value, f(x) = field(depth, x)."""
+
+    takes_number = True
+
+    def __init__(self, field: Field, depth: float) -> None:
+        super().__init__()
+        self.field = field
+        self.at_depth = depth
+
+    def forward(self, t: Time, x: State) -> State:
+        return self.field(self.at_depth, x)
+
+    def extra_repr(self) -> str:
+        return f"depth={self.at_depth:g}"
 
 
 class Function(Field):
@@ -199,6 +286,7 @@ class PostActivation(Field):
     """
 
     takes_number = True
+    proportional = False
 
     def __init__(self, branch: nn.Module) -> None:
         super().__init__()
@@ -206,6 +294,12 @@ class PostActivation(Field):
 
     def forward(self, t: Time, x: State) -> State:
         return torch.relu(x + self.branch(x)) - x
+
+    def weighted(self, t: Time, x: State, share: float) -> State:
+        return torch.relu(x + share * self.branch(x)) - x
+
+    def held(self, t: float) -> Field:
+        return self
 
 
 class Scaled(Field):
@@ -215,7 +309,7 @@ class Scaled(Field):
 
     def __init__(self, field: Field, scale: float) -> None:
         super().__init__()
-        if isinstance(field, Momentum):
+        if field.friction()[1] is not None:
             raise TypeError("a Momentum field is scaled inside: write Momentum(Scaled(field, s)), not the reverse")
         self.field = field
         self.scale = scale
@@ -224,8 +318,17 @@ class Scaled(Field):
     def forward(self, t: Time, x: State) -> State:
         return self.scale * self.field(t, x)
 
-    def scaled(self, scale: float) -> "Field":
+    def scaled(self, scale: float) -> Field:
         return self.field.scaled(self.scale * scale)
+
+    def held(self, t: float) -> Field:
+        return in_mode_of(self, self.field.held(t).scaled(self.scale))
+
+    def innermost(self) -> Field:
+        return self.field.innermost()
+
+    def own_weights(self) -> dict[str, Tensor]:
+        return self.field.own_weights()
 
     def extra_repr(self) -> str:
         return f"scale={self.scale}"
@@ -267,11 +370,20 @@ class Momentum(Field):
     def forward(self, t: Time, x: State) -> State:
         return self.field(t, x) / (1 + self.k)
 
-    def scaled(self, scale: float) -> "Field":
+    def scaled(self, scale: float) -> Field:
         return self.around(self.field.scaled(scale))
 
-    def drift(self) -> "Field":
+    def drift(self) -> Field:
         return self.around(self.field.drift())
+
+    def held(self, t: float) -> Field:
+        return self.around(self.field.held(t))
+
+    def innermost(self) -> Field:
+        return self.field.innermost()
+
+    def own_weights(self) -> dict[str, Tensor]:
+        return self.field.own_weights()
 
     def friction(self) -> tuple[Field, Tensor | float | None]:
         return self.field, self.k

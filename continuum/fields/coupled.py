@@ -30,21 +30,21 @@ class Coupled(Field):
         self.first = as_part(first, "Coupled")
         self.second = as_part(second, "Coupled")
 
-    def halves(self, x: State) -> tuple[State, State]:
-        """(y, z) of the state x."""
-        if x.shape[1] % 2:
-            raise ValueError(
-                f"{type(self).__name__} needs an even number of channels, two halves on axis 1; got shape {tuple(x.shape)}"
-            )
-        y, z = x.chunk(2, dim=1)
-        return y, z
-
     def forward(self, t: Time, x: State) -> State:
-        y, z = self.halves(x)
+        y, z = halves(x)
         return torch.cat([self.first(t, z), self.second(t, y)], dim=1)
 
     def scaled(self, scale: float) -> Field:
         return in_mode_of(self, Coupled(self.first.scaled(scale), self.second.scaled(scale)))
+
+    def held(self, t: float) -> Field:
+        return in_mode_of(self, Coupled(self.first.held(t), self.second.held(t)))
+
+    def coupled(self) -> tuple[Field, Field]:
+        return self.first, self.second
+
+    def innermost(self) -> Field:
+        return self.second.innermost()
 
 
 class SecondOrder(Coupled):
@@ -60,6 +60,12 @@ class SecondOrder(Coupled):
 
     def __init__(self, acceleration: Field) -> None:
         super().__init__(Autonomous(nn.Identity()), acceleration)
+
+    def held(self, t: float) -> Field:
+        return in_mode_of(self, SecondOrder(self.second.held(t)))
+
+    def acceleration(self) -> Field:
+        return self.second
 
 
 class DoubleLayer(nn.Module):
@@ -118,6 +124,18 @@ class Hamiltonian(Coupled):
     def __init__(self, channels: int) -> None:
         half = half_of(channels)
         super().__init__(Autonomous(DoubleLayer(half)), Scaled(Autonomous(DoubleLayer(half)), -1.0))
+
+
+def halves(x: State) -> tuple[State, State]:
+    """(y, z) of the state x, its halves on axis 1.
+
+    Raises:
+        ValueError: an odd number of channels.
+    """
+    if x.shape[1] % 2:
+        raise ValueError(f"a state in two halves needs an even number of channels, on axis 1; got shape {tuple(x.shape)}")
+    y, z = x.chunk(2, dim=1)
+    return y, z
 
 
 def half_of(channels: int) -> int:

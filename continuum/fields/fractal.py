@@ -31,5 +31,14 @@ class TwoColumns(Field):
     def scaled(self, scale: float) -> Field:
         return in_mode_of(self, TwoColumns(self.first.scaled(scale), self.second.scaled(scale), self.k))
 
+    def held(self, t: float) -> Field:
+        return in_mode_of(self, TwoColumns(self.first.held(t), self.second.held(t), self.k))
+
+    def columns(self) -> tuple[Field, Field, float]:
+        return self.first, self.second, self.k
+
+    def innermost(self) -> Field:
+        return self.second.innermost()
+
     def extra_repr(self) -> str:
         return f"k={self.k:g}"

@@ -1,7 +1,5 @@
 """Where a network's state stops being finite: fixed steps do not look while they run, so this runs them again and does."""
 
-from dataclasses import replace
-
 import torch
 
 from continuum.fields import Field
@@ -9,8 +7,8 @@ from continuum.flow import Flow
 from continuum.models.network import Network
 from continuum.noise.base import noise_of, terms
 from continuum.schemes import StochasticScheme
-from continuum.schemes.base import inside
-from continuum.solvers import Adaptive, FixedStep, SolveError
+from continuum.schemes.base import inside, scheme_of
+from continuum.solvers import SolveError
 from continuum.solvers.base import rows_not_finite, statistics_untouched
 from continuum.types import Images, State
 
@@ -36,26 +34,20 @@ def find_failure(network: Network, images: Images) -> SolveError:
 
 def _end_looking(flow: Flow, x: State, previous: State | None) -> State:
     """The end state of a flow, looking at the state after each of its fixed steps."""
-    if not isinstance(flow.solver, FixedStep):
-        return _alone(flow)(x)
-    steps = flow.solver.steps(0.0, flow.depth)
+    scheme, steps = scheme_of(flow.solver), flow.solver.steps(0.0, flow.depth)
+    if scheme is None or steps is None:  # these look for themselves; other ranks do not look now, so they would not answer
+        return flow.with_solver(flow.solver.alone())(x)
     states = flow.states(x, previous)
     for count, state in enumerate(states[1:], 1):
         if rows := rows_not_finite(state):
             t, h = steps[count - 1]
             reason = "the state is not finite after the step"
-            if isinstance(flow.solver.scheme, StochasticScheme):
+            if isinstance(scheme, StochasticScheme):
                 reason = _term_at_fault(flow.field, t, states[count - 1], h) or reason
             error = _error(reason, t, h, rows)
-            error.evaluations = flow.solver.scheme.evaluations(flow.field, steps[:count])
+            error.evaluations = scheme.evaluations(flow.field, steps[:count])
             raise error
     return states[-1]
-
-
-def _alone(flow: Flow) -> Flow:
-    """The flow with steps that this rank chooses alone: the others do not look, so they would not answer."""
-    solver = flow.solver
-    return flow.with_solver(replace(solver, norm="batch")) if isinstance(solver, Adaptive) and solver.norm == "global" else flow
 
 
 def _term_at_fault(field: Field, t: float, x: State, h: float) -> str | None:

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from continuum.bases import named_basis
+from continuum.fields.base import in_mode_of
 from continuum.flow import Flow
 from continuum.integral import Integrand
 from continuum.models.parts import NoisyTransition
 from continuum.noise.base import has_noise, noise_only
-from continuum.solvers import Adaptive, Brownian, SolveError, Solver
+from continuum.solvers import SolveError, Solver
 from continuum.solvers.base import evaluating, restored_on_error
 from continuum.solvers.fixed import compile_whole
 from continuum.types import Images, Logits, State
-from continuum.weights import Expansion, PiecewiseConstant
 
 P = ParamSpec("P")
 
@@ -60,7 +60,12 @@ class Network(nn.Module):
 
     @property
     def flows(self) -> list[Flow]:
-        return [stage for stage in self.stages if isinstance(stage, Flow)]
+        return list(self.named_flows.values())
+
+    @property
+    def named_flows(self) -> dict[str, Flow]:
+        """The flows by their names in the network."""
+        return {f"stages.{index}": stage for index, stage in enumerate(self.stages) if isinstance(stage, Flow)}
 
     @property
     def solver(self) -> Solver:
@@ -86,9 +91,11 @@ class Network(nn.Module):
 
     def _with_flows(self, other: Callable[[Flow], Flow]) -> "Network":
         """The network with the same modules, but another flow in the place of each."""
-        network = Network(self.stem, [other(stage) if isinstance(stage, Flow) else stage for stage in self.stages], self.head)
+        return self._with_stages([other(stage) if isinstance(stage, Flow) else stage for stage in self.stages])
+
+    def _with_stages(self, stages: Sequence[nn.Module]) -> "Network":
+        network = in_mode_of(self, Network(self.stem, stages, self.head))
         network.blueprint = self.blueprint
-        network.training = network.stages.training = self.training
         return network
 
     def refine(self, k: int) -> "Network":
@@ -119,12 +126,11 @@ class Network(nn.Module):
         if not self.flows:
             raise TypeError(f"this network has no flow to {change[0]}")
         network = copy.deepcopy(self)
-        for index, stage in enumerate(network.stages):
-            if isinstance(stage, Flow):
-                try:
-                    network.stages[index] = other(stage)
-                except (TypeError, ValueError) as error:
-                    raise type(error)(f"flow stages.{index}: {error}") from None
+        for name, flow in network.named_flows.items():
+            try:
+                network.set_submodule(name, other(flow))
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"flow {name}: {error}") from None
         if self.blueprint is not None:
             network.blueprint = replace(self.blueprint, changes=(*self.blueprint.changes, change))
         return network
@@ -139,10 +145,9 @@ class Network(nn.Module):
             TypeError: this network has no noise, or has some outside flows and `NoisyTransition`s.
         """
         self._check_noise()
-        network = Network(self.stem, [_without_noise(stage) for stage in self.stages], self.head)
+        network = self._with_stages([_without_noise(stage) for stage in self.stages])
         if self.blueprint is not None:
             network.blueprint = replace(self.blueprint, changes=(*self.blueprint.changes, ("drift",)))
-        network.training = network.stages.training = self.training
         if network.stochastic:
             raise TypeError("a part of this network has noise of its own: only flows and NoisyTransitions lose theirs")
         return network
@@ -181,10 +186,10 @@ class Network(nn.Module):
         Raises:
             TypeError: no flow has an adaptive solver, or one goes through SciPy.
         """
-        if not any(isinstance(flow.solver, Adaptive) for flow in self.flows):
+        if not any(flow.solver.adaptive for flow in self.flows):
             raise TypeError("no flow of this network has an adaptive solver whose steps could be frozen")
         states = self.entering(images)
-        return self._with_flows(lambda flow: flow.frozen(states[flow][0]) if isinstance(flow.solver, Adaptive) else flow)
+        return self._with_flows(lambda flow: flow.frozen(states[flow][0]) if flow.solver.adaptive else flow)
 
     @torch.no_grad()
     def entering(self, images: Images) -> dict[Flow, tuple[State, State | None]]:
@@ -236,7 +241,7 @@ class Network(nn.Module):
 
     def _through(self, images: Images, end: End) -> Logits:
         """The logits, with `end` in the place of every flow; buffers are as before if a solve fails."""
-        fallible = self.training and any(isinstance(flow.solver, Adaptive | Brownian) for flow in self.flows)
+        fallible = self.training and not all(flow.solver.one_graph for flow in self.flows)
         with restored_on_error(self) if fallible else nullcontext():
             x = images
             for _, _, x in self.walk(images, end):  # noqa: B007
@@ -262,9 +267,8 @@ class Network(nn.Module):
                 after = stage(x)
                 x, previous = after if isinstance(after, tuple) else (after, None)
             else:
-                memory = None if isinstance(stage.solver, Adaptive | Brownian) else previous
                 try:
-                    x, previous = end(stage, x, memory), None
+                    x, previous = end(stage, x, previous), None
                 except SolveError as error:
                     error.flow = name
                     raise
@@ -283,14 +287,7 @@ def _without_noise(stage: nn.Module) -> nn.Module:
 def _projected(flow: Flow, name: str, size: int) -> Flow:
     if has_noise(flow):
         raise TypeError("layers with noise have a law each, which no basis can hold: put the noise around an Expansion instead")
-    if not isinstance(flow.field, Expansion | PiecewiseConstant):
-        raise TypeError(
-            f"the weights of a {type(flow.field).__name__} are not a function of depth: only the flows of an Expansion or of "
-            "PiecewiseConstant layers can be projected"
-        )
-    projected = Flow(flow.field.project(named_basis(name, size, flow.depth)), flow.solver, flow.depth)
-    projected.training = flow.training
-    return projected
+    return in_mode_of(flow, Flow(flow.field.project(named_basis(name, size, flow.depth)), flow.solver, flow.depth))
 
 
 def builder(build: Callable[P, Network]) -> Callable[P, Network]:

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, pad
 
 from continuum.fields import Field, PreActivation
+from continuum.fields.base import in_mode_of
 from continuum.fields.branches import conv1x1, conv3x3, group_norm
 from continuum.flow import Flow
-from continuum.noise import Drift, StochasticField
+from continuum.noise.base import noise_of
 from continuum.solvers import Solver
 from continuum.weights import PiecewiseConstant
 
@@ -272,28 +273,24 @@ class NoisyTransition(nn.Module):
         TypeError: noise on every entry.
     """
 
-    def __init__(self, shortcut: nn.Module, branch: StochasticField | Drift, activation: nn.Module | None = None) -> None:
+    def __init__(self, shortcut: nn.Module, branch: Field, activation: nn.Module | None = None) -> None:
         super().__init__()
-        if isinstance(branch, StochasticField) and branch.noise == "diagonal":
+        if (noisy := noise_of(branch)) is not None and noisy.noise == "diagonal":
             raise TypeError("a change of size has no state whose entries could have a draw each: give it scalar noise, or none")
         self.shortcut = shortcut
         self.branch = branch
         self.activation = nn.Identity() if activation is None else activation
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        shortcut, branch = self.shortcut(x), self.branch
-        if isinstance(branch, StochasticField) and branch.training:
-            moved = branch.move(0.0, x, branch.own(0.0, x, 1.0))
-        else:
-            moved = branch(0.0, x)
+        shortcut, noisy = self.shortcut(x), noise_of(self.branch)
+        if noisy is None or not noisy.training:
+            return self.activation(shortcut + self.branch(0.0, x)), shortcut
+        moved = noisy.move(0.0, x, noisy.own(0.0, x, 1.0))
         return self.activation(shortcut if moved is None else shortcut + moved), shortcut
 
     def drift(self) -> "NoisyTransition":
         """The transition without noise, with the same weights."""
-        branch = Drift(self.branch) if isinstance(self.branch, StochasticField) else self.branch
-        transition = NoisyTransition(self.shortcut, branch, self.activation)
-        transition.training = self.training
-        return transition
+        return in_mode_of(self, NoisyTransition(self.shortcut, self.branch.drift(), self.activation))
 
 
 class AtRest(nn.Module):

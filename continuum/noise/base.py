@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from continuum.fields import Field
-from continuum.noise.laws import Bernoulli, Law
+from continuum.fields.base import in_mode_of
+from continuum.noise.laws import Law
 from continuum.types import State, Time
 
 Coefficient: TypeAlias = Tensor | float
@@ -194,6 +195,9 @@ class StochasticField(Field):
     def drift(self) -> "Field":
         return Drift(self)
 
+    def check_path_gradient(self) -> None:
+        """Raise TypeError where the gradients that the field lets back are not those of what it computed."""
+
 
 def _sum(weights: Sequence[float], slopes: Sequence[State], x: State) -> State:
     """sum_i w_i f_i from left to right; a weight of one is not multiplied with."""
@@ -214,7 +218,7 @@ class Drift(Field):
         super().__init__()
         self.field = field
         self.knots, self.extent = field.knots, field.extent
-        self.training = field.training
+        in_mode_of(field, self)
 
     def forward(self, t: Time, x: State) -> State:
         return self.field(t, x)
@@ -260,8 +264,7 @@ def has_noise(module: nn.Module) -> bool:
 
 def drops_branches(field: StochasticField) -> bool:
     """Whether a draw may leave a branch out for the whole batch, which then has no gradient."""
-    law, ends = field.law(0.0), (c for eta in (0.0, 1.0) for c in field.coefficients(0.0, eta))
-    return field.noise == "scalar" and isinstance(law, Bernoulli) and law.p < 1 and any(float(c) == 0 for c in ends)
+    return field.noise == "scalar" and any(float(c) == 0 for eta in field.law(0.0).atoms for c in field.coefficients(0.0, eta))
 
 
 @contextmanager

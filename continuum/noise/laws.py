@@ -10,10 +10,14 @@ from torch import Tensor
 
 
 class Law(ABC):
-    """The distribution of the number eta, with its `mean` and `deviation`."""
+    """The distribution of the number eta, with its `mean` and `deviation`.
+
+    `atoms` are the values that eta takes with a probability above zero: none where its law has a density.
+    """
 
     mean: float
     deviation: float
+    atoms: tuple[float, ...] = ()
 
     @abstractmethod
     def quantile(self, u: Tensor) -> Tensor:
@@ -57,6 +61,10 @@ class Bernoulli(Law):
     @property
     def deviation(self) -> float:
         return math.sqrt(self.p * (1 - self.p))
+
+    @property
+    def atoms(self) -> tuple[float, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return tuple(eta for eta, probability in self.nodes(1) if probability > 0)
 
     def quantile(self, u: Tensor) -> Tensor:
         return (u > 1 - self.p).to(u.dtype)

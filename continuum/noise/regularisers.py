@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from continuum.fields import Field, Momentum, PostActivation
+from continuum.fields import Field
 from continuum.fields.base import as_field, checked
 from continuum.noise.base import Coefficient, Coefficients, Per, StochasticField, has_noise
 from continuum.noise.laws import Bernoulli, Law, Normal, Uniform
@@ -60,10 +60,10 @@ class StochasticDepth(StochasticField):
         field = _noiseless(field, "StochasticDepth")
         if convention not in ("huang", "rescaled"):
             raise ValueError(f"convention is 'huang' (train f, evaluate p f) or 'rescaled' (train f / p), not {convention!r}")
-        if convention == "rescaled" and isinstance(field, PostActivation):
+        if convention == "rescaled" and not field.proportional:
             raise TypeError(
-                "relu(x + F / p) is no multiple of the field relu(x + F) - x: take convention='huang' for PostActivation, or "
-                "a pre-activation field"
+                f"relu(x + F / p) is no multiple of the field relu(x + F) - x: take convention='huang' for "
+                f"{type(field).__name__}, or a pre-activation field"
             )
         if not callable(survival):
             _check_survival(survival)
@@ -83,10 +83,10 @@ class StochasticDepth(StochasticField):
         return (eta / self.law(t).mean,) if self.convention == "rescaled" else (eta,)
 
     def forward(self, t: Time, x: State) -> State:
-        if isinstance(self.field, PostActivation):
-            moved = torch.relu(x + self.law(t).mean * self.field.branch(x)) - x
-            return moved if self.scale == 1 else self.scale * moved
-        return super().forward(t, x)
+        if self.field.proportional:
+            return super().forward(t, x)
+        moved = self.field.weighted(t, x, self.law(t).mean)
+        return moved if self.scale == 1 else self.scale * moved
 
     def extra_repr(self) -> str:
         return f"survival={self.survival}, convention={self.convention}, per={self.per}"
@@ -182,6 +182,13 @@ class ShakeShake(StochasticField):
             return *coefficients, *self._placed(self.stepped(t, h, (0.5, 0.5)), x)
         beta = self.draw(t, x)
         return *coefficients, *self._placed(self.stepped(t, h, (beta, 1 - beta)), x)
+
+    def check_path_gradient(self) -> None:
+        if self.backward_mode != "keep":
+            raise TypeError(
+                f"ShakeShake(backward_mode={self.backward_mode!r}) replaces the coefficients on the way back, which is no "
+                "gradient of any path of the SDE: build it with backward_mode='keep', or take EulerMaruyama('own')"
+            )
 
     def move(self, t: Time, x: State, coefficients: Coefficients) -> State | None:
         if len(coefficients) == 2:
@@ -306,7 +313,7 @@ def _noiseless(field: nn.Module, whole: str) -> Field:
         TypeError: it cannot.
     """
     field = as_field(field, whole)
-    if isinstance(field, Momentum):
+    if field.friction()[1] is not None:
         raise TypeError(f"Momentum holds the noise inside: write Momentum({whole}(field, ...)), not the reverse")
     if has_noise(field):
         raise TypeError(f"{whole} gives noise to a field that has none yet; this {type(field).__name__} holds some already")

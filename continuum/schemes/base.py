@@ -5,7 +5,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,16 +18,28 @@ Memory: TypeAlias = tuple[Any, ...]
 """What a step hands to the next one: states, and draws yet to be used; () where there is nothing to remember."""
 
 
+if TYPE_CHECKING:
+    from continuum.schemes.runge_kutta import Tableau
+
+Multistep: TypeAlias = tuple[Sequence[Any], Sequence[Any], int]
+"""alpha, beta and p of sum_j alpha_j x_{n+j} = h^p sum_j beta_j f_{n+j}, for the equation x^(p) = f."""
+
+
 class Scheme(ABC):
     """A rule for one step. A scheme has no state of its own: what it remembers is passed in and returned.
 
     `order` is the order of its global error on smooth fields, `stages` the number of field evaluations of a step,
     `variable_steps` whether neighbouring steps may differ in size.
+
+    What it is in numbers, for those who analyse it, is its `tableau`, the coefficients `series` of a step R(h rate) x for
+    linear fields only, or `multistep`; a scheme that says none of them is left out there.
     """
 
     order: int
     stages: int
     variable_steps: bool = True
+    tableau: "Tableau | None" = None
+    series: tuple[int, ...] | None = None
 
     def __str__(self) -> str:
         """The scheme in the grammar of `solvers.parse`: its name in snake case, and its fields (adams_bashforth:order=2)."""
@@ -46,6 +58,22 @@ class Scheme(ABC):
         """The scheme that this one is where the field has no noise."""
         return self
 
+    def multistep(self, k: Any) -> Multistep | None:
+        """The scheme as a linear multistep method, for layers of friction `k`, a number or a symbol."""
+        return None
+
+    def continued(self, layer: Field, x: State, h: float, past: Sequence[State]) -> tuple[State, Memory]:
+        """From where a step of `layer` from x at depth 0 goes on, and its memory, where states h, 2h, ... before are `past`."""
+        return x, ()
+
+    def observed(self, layer: Field, x: State) -> State:
+        """The part of x whose steps `multistep` describes.
+
+        Raises:
+            TypeError: it describes no part of the states of this layer.
+        """
+        return x
+
     @abstractmethod
     def step(self, field: Field, t: float, x: State, h: float, memory: Memory) -> tuple[State, Memory]:
         """The state at depth t + h from `x` at depth `t`, and the memory of the next step; h < 0 goes back."""
@@ -53,6 +81,12 @@ class Scheme(ABC):
     def evaluations(self, field: Field, steps: Sequence[tuple[float, float]]) -> int:
         """Field evaluations of a solve with these steps (t, h)."""
         return len(steps) * self.stages
+
+
+def scheme_of(solver: object) -> Scheme | None:
+    """The scheme that a solver repeats; None where it has none."""
+    scheme = getattr(solver, "scheme", None)
+    return scheme if isinstance(scheme, Scheme) else None
 
 
 Evaluate: TypeAlias = Callable[[Field, float, State], State]

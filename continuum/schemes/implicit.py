@@ -33,6 +33,10 @@ class NeumannSeries(Scheme):
     def stages(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.terms
 
+    @property
+    def series(self) -> tuple[int, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return (1,) * (self.terms + 1)
+
     def step(self, field: Field, t: float, x: State, h: float, memory: Memory) -> tuple[State, Memory]:
         t = inside(field.knots, t, h, 0, x.dtype)
         term = x

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from continuum.fields import Field, Momentum
-from continuum.schemes.base import Evaluate, Memory, ReversibleScheme, Scheme, combine, inside, knot_at
+from continuum.fields import Field
+from continuum.schemes.base import Evaluate, Memory, Multistep, ReversibleScheme, Scheme, combine, inside, knot_at
 from continuum.schemes.runge_kutta import RK4, Heun, Kutta3, runge_kutta_step
 from continuum.types import State
 
@@ -46,6 +47,12 @@ class AdamsBashforth(Scheme):
             return runge_kutta_step(STARTER[self.order], field, t, x, h, first=slope), slopes
         return combine(x, h, BETA[self.order], slopes), slopes
 
+    def multistep(self, k: Any) -> Multistep:
+        return (*[0] * (self.order - 1), -1, 1), (*reversed(BETA[self.order]), 0), 1
+
+    def continued(self, layer: Field, x: State, h: float, past: Sequence[State]) -> tuple[State, Memory]:
+        return x, tuple(layer(0.0, state) for state in past)
+
     def evaluations(self, field: Field, steps: Sequence[tuple[float, float]]) -> int:
         starter = len(STARTER[self.order].b)
         total = known = 0
@@ -75,7 +82,7 @@ class LinearTwoStep(ReversibleScheme):
     variable_steps = False
 
     def check(self, field: Field) -> None:
-        if not any(isinstance(layer, Momentum) for layer in field.pieces()):
+        if all(layer.friction()[1] is None for layer in field.pieces()):
             raise TypeError(
                 f"LinearTwoStep steps Momentum(field) or PiecewiseConstant layers of them, which hold k; got a "
                 f"{type(field).__name__} without any. Wrap the layers in Momentum, or use Euler()"
@@ -83,7 +90,7 @@ class LinearTwoStep(ReversibleScheme):
 
     def check_undo(self, field: Field) -> None:
         for index, layer in enumerate(field.pieces()[1:], 1):
-            if not isinstance(layer, Momentum):
+            if layer.friction()[1] is None:
                 raise TypeError(
                     f"layer {index} is a {type(layer).__name__} without k: its step forgets the state before, so LinearTwoStep "
                     "cannot undo it. Wrap it in Momentum, or take gradient='direct'"
@@ -92,30 +99,34 @@ class LinearTwoStep(ReversibleScheme):
     def begin(self, field: Field, x: State, previous: State | None, steps: Sequence[tuple[float, float]]) -> Memory:
         return () if previous is None else (one_step_before(x, previous, steps[0][1]),)
 
+    def multistep(self, k: Any) -> Multistep:
+        return (-k, k - 1, 1), (0, 1, 0), 1
+
+    def continued(self, layer: Field, x: State, h: float, past: Sequence[State]) -> tuple[State, Memory]:
+        return x, (past[0],)
+
     def coefficients(self, field: Field, t: float) -> tuple[Tensor, ...]:
-        layer = field.at(t)
-        return (layer.k,) if isinstance(layer, Momentum) and isinstance(layer.k, Tensor) else ()
+        _, k = field.at(t).friction()
+        return (k,) if isinstance(k, Tensor) else ()
 
     def forth(self, evaluate: Evaluate, field: Field, t: float, x: State, h: float, memory: Memory) -> tuple[State, Memory]:
         t = inside(field.knots, t, h, 0, x.dtype)
-        layer = field.at(t)
-        if not isinstance(layer, Momentum) or not memory:
-            slope = evaluate(layer.field, t, x) / (1 + layer.k) if isinstance(layer, Momentum) else evaluate(layer, t, x)
-            return combine(x, h, (1,), (slope,)), (x,)
-        k = layer.k
-        return combine((1 - k) * x + k * memory[0], h, (1,), (evaluate(layer.field, t, x),)), (x,)
+        inner, k = field.at(t).friction()
+        slope = evaluate(inner, t, x)
+        if k is not None and memory:
+            return combine((1 - k) * x + k * memory[0], h, (1,), (slope,)), (x,)
+        return combine(x, h, (1,), (slope if k is None else slope / (1 + k),)), (x,)
 
     def back(
         self, evaluate: Evaluate, field: Field, t: float, x: State, h: float, memory: Memory, first: bool
     ) -> tuple[State, Memory]:
         t = inside(field.knots, t, h, 0, x.dtype)
-        layer, (before,) = field.at(t), memory
+        (inner, k), (before,) = field.at(t).friction(), memory
+        slope = evaluate(inner, t, before)
         if first:
-            evaluate(layer.field if isinstance(layer, Momentum) else layer, t, before)
             return before, ()
-        assert isinstance(layer, Momentum)
-        k = layer.k
-        return before, (combine(x - (1 - k) * before, h, (-1,), (evaluate(layer.field, t, before),)) / k,)
+        assert k is not None  # check_undo has seen it
+        return before, (combine(x - (1 - k) * before, h, (-1,), (slope,)) / k,)
 
 
 @dataclass(frozen=True)
@@ -134,8 +145,14 @@ class TwoStepMidpoint(ReversibleScheme):
     variable_steps = False
 
     def check(self, field: Field) -> None:
-        if any(isinstance(layer, Momentum) for layer in field.pieces()):
+        if any(layer.friction()[1] is not None for layer in field.pieces()):
             raise TypeError("TwoStepMidpoint has its own k = 1: give it the fields without Momentum, or use LinearTwoStep()")
+
+    def multistep(self, k: Any) -> Multistep:
+        return (-1, 0, 1), (0, 2, 0), 1
+
+    def continued(self, layer: Field, x: State, h: float, past: Sequence[State]) -> tuple[State, Memory]:
+        return x, (past[0],)
 
     def begin(self, field: Field, x: State, previous: State | None, steps: Sequence[tuple[float, float]]) -> Memory:
         return () if previous is None else (one_step_before(x, previous, steps[0][1]),)

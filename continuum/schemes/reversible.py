@@ -9,13 +9,15 @@
 They are symplectic for Hamiltonian fields. The two-step ones, which also can be undone, are in `multistep`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from continuum.fields import Coupled, Field
-from continuum.schemes.base import Evaluate, Memory, ReversibleScheme, combine, inside
+from continuum.fields import Field
+from continuum.fields.coupled import halves
+from continuum.schemes.base import Evaluate, Memory, Multistep, ReversibleScheme, combine, inside
 from continuum.types import State
 
 Half = Literal["y", "z"]
@@ -34,7 +36,7 @@ class SplitScheme(ReversibleScheme):
 
     def check(self, field: Field) -> None:
         for layer in field.pieces():
-            if not isinstance(layer, Coupled):
+            if layer.coupled() is None:
                 raise TypeError(
                     f"{type(self).__name__} steps Coupled fields, two halves that move by each other (RevNet, Hamiltonian, "
                     f"SecondOrder); got a {type(layer).__name__}"
@@ -50,14 +52,15 @@ class SplitScheme(ReversibleScheme):
 
     def _moved(self, evaluate: Evaluate, field: Field, t: float, x: State, h: float, sign: float) -> State:
         layer = field.at(inside(field.knots, t, h, 0, x.dtype))
-        assert isinstance(layer, Coupled)
-        y, z = layer.halves(x)
+        parts = layer.coupled()
+        assert parts is not None
+        (first, second), (y, z) = parts, halves(x)
         for half, share, c in self.stages_of_step if sign > 0 else reversed(self.stages_of_step):
             depth = inside(field.knots, t, h, c, x.dtype)
             if half == "y":
-                y = combine(y, sign * h, (share,), (evaluate(layer.first, depth, z),))
+                y = combine(y, sign * h, (share,), (evaluate(first, depth, z),))
             else:
-                z = combine(z, sign * h, (share,), (evaluate(layer.second, depth, y),))
+                z = combine(z, sign * h, (share,), (evaluate(second, depth, y),))
         return torch.cat([y, z], dim=1)
 
 
@@ -83,6 +86,21 @@ class Leapfrog(SplitScheme):
     order = 1
     stages = 1
     stages_of_step = (("z", 1.0, 0.0), ("y", 1.0, 0.0))
+
+    def multistep(self, k: Any) -> Multistep:
+        """The method of the positions of q'' = a."""
+        return (1, -2, 1), (0, 1, 0), 2
+
+    def continued(self, layer: Field, x: State, h: float, past: Sequence[State]) -> tuple[State, Memory]:
+        (q, _), (before, _) = halves(x), halves(past[0])
+        return torch.cat([q, (q - before) / h], dim=1), ()  # the velocity is that between two positions
+
+    def observed(self, layer: Field, x: State) -> State:
+        if layer.acceleration() is None:
+            raise TypeError(
+                f"the positions of Leapfrog obey a two-step method on SecondOrder(a), not on a {type(layer).__name__}"
+            )
+        return halves(x)[0]
 
 
 @dataclass(frozen=True)

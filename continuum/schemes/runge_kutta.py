@@ -18,7 +18,7 @@ from itertools import combinations_with_replacement
 from math import prod
 from typing import ClassVar, TypeAlias
 
-from continuum.fields import Field, TwoColumns
+from continuum.fields import Field
 from continuum.schemes.base import Memory, Scheme, combine, inside
 from continuum.types import State
 
@@ -113,7 +113,7 @@ def runge_kutta_step(tableau: Tableau, field: Field, t: float, x: State, h: floa
 class RungeKutta(Scheme, ABC):
     """An explicit Runge-Kutta scheme; a method is a subclass that names its tableau."""
 
-    tableau: ClassVar[Tableau]
+    tableau: ClassVar[Tableau]  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @property
     def order(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -178,13 +178,13 @@ class Fractal(Scheme):
 
     def check(self, field: Field) -> None:
         for layer in field.pieces():
-            if not isinstance(layer, TwoColumns):
+            if layer.columns() is None:
                 raise TypeError(f"Fractal steps TwoColumns(f1, f2), not a {type(layer).__name__}: use Heun() or another scheme")
 
     def step(self, field: Field, t: float, x: State, h: float, memory: Memory) -> tuple[State, Memory]:
         t = inside(field.knots, t, h, 0, x.dtype)
-        layer = field.at(t)
-        assert isinstance(layer, TwoColumns)
-        first = layer.first(t, x)
-        second = layer.second(t, combine(x, h, (1,), (first,)))
-        return combine(x, h, (layer.k, 1), (first, second)), ()
+        columns = field.at(t).columns()
+        assert columns is not None  # check has seen it
+        one, two, k = columns
+        first = one(t, x)
+        return combine(x, h, (k, 1), (first, two(t, combine(x, h, (1,), (first,))))), ()

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from continuum.fields import Field, Momentum
+from continuum.fields import Field
 from continuum.fields.base import checked
-from continuum.noise import ShakeShake, StochasticField
+from continuum.noise import Normal, StochasticField
 from continuum.noise.base import Coefficients, noise_of, stochastic_fields, terms
 from continuum.schemes.base import Memory, Scheme, combine, inside
 from continuum.schemes.multistep import LinearTwoStep, one_step_before
@@ -55,6 +55,32 @@ class StochasticScheme(Scheme):
         """What one step of `field` takes from chance."""
         return field.brownian(t, x, h)
 
+    def driven(self, field: StochasticField, t: float, x: State, h: float, z: Tensor) -> object:
+        """What `draw` gives, made from the standard normals z: paths with common noise share them."""
+        return field.brownian(t, x, h, z)
+
+    def moves(self, field: StochasticField, rates: Sequence[float], h: float, power: int) -> list[tuple[float, float]]:
+        """What a step from x = 1 may add where the branches are f_i(x) = rates[i] x, and with which weight.
+
+        As many values as make the expectation of a polynomial of degree `power` a finite sum.
+
+        Raises:
+            TypeError: no such sum is known for this scheme, or for the law.
+        """
+        raise TypeError(f"moments are known for EulerMaruyama and Milstein, not for {type(self).__name__}")
+
+    def past(self, x: State, previous: State | None, h: float) -> Memory:
+        """What the memory of a step h from x holds before its draws; `previous` is the state one layer before x."""
+        return ()
+
+    def own_law(self) -> "StochasticScheme":
+        """The scheme of the network itself, with increments by the law of the regulariser."""
+        return EulerMaruyama("own")
+
+    def of_sde(self) -> "StochasticScheme":
+        """The scheme whose steps, as they shrink, are the solution of the SDE on a Brownian path."""
+        return EulerMaruyama("brownian")
+
     def draws(self, field: Field, x: State, steps: Sequence[tuple[float, float]]) -> Memory:
         """What every step takes from chance, in order; None for a step of the drift alone."""
         drawn: list[object] = []
@@ -67,7 +93,7 @@ class StochasticScheme(Scheme):
         return tuple(drawn)
 
     def begin(self, field: Field, x: State, previous: State | None, steps: Sequence[tuple[float, float]]) -> Memory:
-        return self.draws(field, x, steps)
+        return (*self.past(x, previous, steps[0][1]), *self.draws(field, x, steps))
 
     def without_noise(self) -> Scheme:
         return Euler()
@@ -110,6 +136,22 @@ class EulerMaruyama(StochasticScheme):
         check_path_gradient(field, x)
         return field.brownian(t, x, h)
 
+    def driven(self, field: StochasticField, t: float, x: State, h: float, z: Tensor) -> object:
+        if self.increments == "brownian":
+            return field.brownian(t, x, h, z)
+        # In float64, for Phi(z) is 1 from z = 5.4 on in float32.
+        return field.own(t, x, h, field.law(t).quantile(torch.special.ndtr(z.double())).to(z.dtype))
+
+    def moves(self, field: StochasticField, rates: Sequence[float], h: float, power: int) -> list[tuple[float, float]]:
+        if self.increments == "brownian":
+            mu, s = (_dot(weights, rates) for weights in (field.means(0.0), field.deviations(0.0)))
+            return [(h * mu + math.sqrt(h) * s * z, weight) for z, weight in Normal().nodes(power)]
+        found: list[tuple[float, float]] = []
+        for eta, weight in field.law(0.0).nodes(power):
+            published = field.coefficients(0.0, torch.tensor(eta, dtype=torch.float64))
+            found.append((_dot([float(a) for a in field.stepped(0.0, h, published)], rates), weight))
+        return found
+
     def step(self, field: Field, t: float, x: State, h: float, memory: Memory) -> tuple[State, Memory]:
         t = inside(field.knots, t, h, 0, x.dtype)
         layer, (drawn, *rest) = field.at(t), memory
@@ -118,7 +160,8 @@ class EulerMaruyama(StochasticScheme):
             return combine(x, h, (1,), (layer(t, x),)), tuple(rest)
         moved = noisy.move(t, x, drawn)
         if moved is not None:
-            x = x + checked(moved / (1 + layer.k) if isinstance(layer, Momentum) else moved, x)
+            _, k = layer.friction()
+            x = x + checked(moved if k is None else moved / (1 + k), x)
         return x, tuple(rest)
 
 
@@ -146,6 +189,16 @@ class Milstein(StochasticScheme):
         if torch.is_grad_enabled() and field.noise == "scalar":
             check_batch_statistics(field, "Milstein's method")
         return math.sqrt(h) * field.normals(x).to(x.device)
+
+    def driven(self, field: StochasticField, t: float, x: State, h: float, z: Tensor) -> object:
+        return math.sqrt(h) * z
+
+    def moves(self, field: StochasticField, rates: Sequence[float], h: float, power: int) -> list[tuple[float, float]]:
+        mu, s = (_dot(weights, rates) for weights in (field.means(0.0), field.deviations(0.0)))
+        return [(h * (mu + s**2 * (z**2 - 1) / 2) + math.sqrt(h) * s * z, w) for z, w in Normal().nodes(2 * power)]
+
+    def of_sde(self) -> StochasticScheme:
+        return self
 
     def step(self, field: Field, t: float, x: State, h: float, memory: Memory) -> tuple[State, Memory]:
         t = inside(field.knots, t, h, 0, x.dtype)
@@ -179,15 +232,20 @@ class StochasticTwoStep(StochasticScheme):
 
     def check(self, field: Field) -> None:
         super().check(field)
-        if not any(isinstance(layer, Momentum) for layer in field.pieces()):
+        if all(layer.friction()[1] is None for layer in field.pieces()):
             raise TypeError("StochasticTwoStep steps Momentum(StochasticDepth(f, p)), which holds k; or take EulerMaruyama()")
 
     def draw(self, field: StochasticField, t: float, x: State, h: float) -> Coefficients:
         return EulerMaruyama(self.increments).draw(field, t, x, h)
 
-    def begin(self, field: Field, x: State, previous: State | None, steps: Sequence[tuple[float, float]]) -> Memory:
-        before = None if previous is None else one_step_before(x, previous, steps[0][1])
-        return before, *self.draws(field, x, steps)
+    def driven(self, field: StochasticField, t: float, x: State, h: float, z: Tensor) -> object:
+        return EulerMaruyama(self.increments).driven(field, t, x, h, z)
+
+    def past(self, x: State, previous: State | None, h: float) -> Memory:
+        return (None if previous is None else one_step_before(x, previous, h),)
+
+    def own_law(self) -> StochasticScheme:
+        return StochasticTwoStep("own")
 
     def without_noise(self) -> Scheme:
         return LinearTwoStep()
@@ -196,26 +254,25 @@ class StochasticTwoStep(StochasticScheme):
         before, drawn, *rest = memory
         depth = inside(field.knots, t, h, 0, x.dtype)
         layer = field.at(depth)
-        if not isinstance(layer, Momentum) or before is None:
+        inner, k = layer.friction()
+        if k is None or before is None:
             after, _ = EulerMaruyama(self.increments).step(field, t, x, h, (drawn,))
             return after, (x, *rest)
-        k, noisy = layer.k, noise_of(layer)
-        kept = (1 - k) * x + k * before
+        noisy, kept = noise_of(layer), (1 - k) * x + k * before
         if noisy is None or drawn is None:
-            return combine(kept, h, (1,), (layer.field(depth, x),)), (x, *rest)
+            return combine(kept, h, (1,), (inner(depth, x),)), (x, *rest)
         moved = noisy.move(depth, x, drawn)
         return (kept if moved is None else kept + checked(moved, x)), (x, *rest)
 
 
+def _dot(weights: Sequence[float], rates: Sequence[float]) -> float:
+    return math.fsum(weight * rate for weight, rate in zip(weights, rates, strict=True))
+
+
 def check_path_gradient(field: StochasticField, x: State) -> None:
     """Raise TypeError where a gradient through Brownian increments is wanted and the field replaces it by its own."""
-    if not (isinstance(field, ShakeShake) and field.backward_mode != "keep" and torch.is_grad_enabled()):
-        return
-    if x.requires_grad or any(parameter.requires_grad for parameter in field.parameters()):
-        raise TypeError(
-            f"ShakeShake(backward_mode={field.backward_mode!r}) replaces the coefficients on the way back, which is no "
-            "gradient of any path of the SDE: build it with backward_mode='keep', or take EulerMaruyama('own')"
-        )
+    if torch.is_grad_enabled() and (x.requires_grad or any(parameter.requires_grad for parameter in field.parameters())):
+        field.check_path_gradient()
 
 
 def check_batch_statistics(field: StochasticField, method: str) -> None:

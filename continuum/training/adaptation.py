@@ -10,7 +10,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
@@ -19,9 +19,10 @@ from torch import Tensor
 
 from continuum.analysis.momentum import frictions
 from continuum.models import Network
-from continuum.schemes import RK4, Euler, Midpoint
+from continuum.schemes import RK4, Midpoint, Scheme
+from continuum.schemes.base import scheme_of
 from continuum.solvers import Adaptive, FixedStep, Solver, parse
-from continuum.solvers.base import evaluating
+from continuum.solvers.base import Step, evaluating
 from continuum.solvers.text import describe
 from continuum.training.callbacks import network_of
 from continuum.training.regularisers import flows_in_depth
@@ -137,7 +138,7 @@ class AdaptStep(Callback):
     doubles m, and 1.1 h is the first m at or above m / 1.1, at least one smaller. h is 1 at most, and 1/`finest` at least;
     tolerances stay between 1e-6 and 1.
 
-    The more precise solver is the midpoint rule for Euler's method and RK4 for the midpoint rule, with an error about 50 times
+    The more precise solver is the midpoint rule for Euler's method and RK4 for those of order 2, with an error about 50 times
     smaller; for adaptive solvers dopri5 or the pair itself, with tolerances so small that it takes more evaluations.
 
     Checkpoints say which solver it is now, and resuming from one goes on with it. Several processes decide together, by their
@@ -224,36 +225,49 @@ class AdaptStep(Callback):
 
 def check_adaptable(solver: Solver, depths: Sequence[float]) -> None:
     """Raise TypeError or ValueError unless `AdaptStep` knows a more precise solver, and every 1/m divides the depths."""
-    if isinstance(solver, Adaptive):
+    if solver.adaptive and solver.without_noise() == solver:
         return
-    if not isinstance(solver, FixedStep) or not isinstance(solver.scheme, Euler | Midpoint):
+    scheme = scheme_of(solver)
+    if scheme is None or scheme.tableau is None or scheme.order > 2:
         raise TypeError(
-            f"AdaptStep adapts the steps of euler and midpoint, and the tolerances of adaptive solvers, not {solver}"
+            f"AdaptStep adapts the steps of euler, midpoint and heun, and the tolerances of adaptive solvers, not {solver}"
         )
-    if solver.grid is not None or solver.h > 1:
+    try:
+        even = solver.direct() == FixedStep(scheme, 1 / _per_layer(solver))
+    except ValueError:
+        even = False
+    if not even:
         raise ValueError(f"AdaptStep needs m even steps a layer, h = 1/m; got {solver}")
     if any(depth != round(depth) for depth in depths):
         raise ValueError(f"AdaptStep tries all h = 1/m, which divide whole depths only; the flows have {list(depths)}")
 
 
+def _per_layer(solver: Solver) -> int:
+    """The number of steps in the first layer.
+
+    Raises:
+        ValueError: no step ends at depth 1.
+    """
+    return len(cast(Sequence[Step], solver.steps(0.0, 1.0)))
+
+
 def finer(solver: Solver, finest: int) -> Solver:
     """The solver with half the step, if that is not below 1/finest; with half the tolerances, if they are above rounding."""
-    if isinstance(solver, Adaptive):
-        smallest = max(solver.rtol, solver.atol) / 2 < ROUNDING
-        return solver if smallest else replace(solver, rtol=solver.rtol / 2, atol=solver.atol / 2)
-    assert isinstance(solver, FixedStep)
-    m = 2 * round(1 / solver.h)
-    return replace(solver, h=1 / m) if m <= finest else solver
+    if solver.adaptive:
+        tight = cast(Adaptive, solver)
+        smallest = max(tight.rtol, tight.atol) / 2 < ROUNDING
+        return tight if smallest else replace(tight, rtol=tight.rtol / 2, atol=tight.atol / 2)
+    return solver.refined(2) if 2 * _per_layer(solver) <= finest else solver
 
 
 def coarser(solver: Solver) -> Solver:
     """The solver with about 1.1 times the step or the tolerances, where they are not above 1 by that."""
-    if isinstance(solver, Adaptive):
-        larger = replace(solver, rtol=1.1 * solver.rtol, atol=1.1 * solver.atol)
+    if solver.adaptive:
+        loose = cast(Adaptive, solver)
+        larger = replace(loose, rtol=1.1 * loose.rtol, atol=1.1 * loose.atol)
         return larger if max(larger.rtol, larger.atol) <= 1 else solver
-    assert isinstance(solver, FixedStep)
-    m = round(1 / solver.h)
-    return replace(solver, h=1 / max(1, min(m - 1, math.ceil(m / 1.1))))
+    m = _per_layer(solver)
+    return replace(cast(FixedStep, solver), h=1 / max(1, min(m - 1, math.ceil(m / 1.1))))
 
 
 def accuracy(network: Network, images: Tensor, labels: Tensor) -> float:
@@ -264,10 +278,9 @@ def accuracy(network: Network, images: Tensor, labels: Tensor) -> float:
 def precise_accuracy(network: Network, images: Tensor, labels: Tensor) -> float:
     """The accuracy under the more precise solver, which evaluates more often than the solve that `network` just did."""
     solver = network.solver
-    if isinstance(solver, FixedStep):
+    if not solver.adaptive:
         return accuracy(network.with_solver(more_precise(solver)), images, labels)
-    assert isinstance(solver, Adaptive)
-    spent, precise = evaluations(network), solver
+    spent, precise = evaluations(network), cast(Adaptive, solver)
     while True:
         precise = tighter(precise)
         judge = network.with_solver(precise)
@@ -281,10 +294,11 @@ def evaluations(network: Network) -> int:
     return sum(flow.cost.evaluations for flow in network.flows if flow.cost is not None)
 
 
-def more_precise(solver: FixedStep) -> FixedStep:
+def more_precise(solver: Solver) -> FixedStep:
     """The solver of the next even order with an error about 50 times smaller: h^p / 50, on the grid 1/m."""
-    scheme, order = (Midpoint(), 2) if isinstance(solver.scheme, Euler) else (RK4(), 4)
-    h = min(solver.h, (solver.h ** (order / 2) / 50) ** (1 / order))
+    scheme, order = (Midpoint(), 2) if cast(Scheme, scheme_of(solver)).order == 1 else (RK4(), 4)
+    size = 1 / _per_layer(solver)
+    h = min(size, (size ** (order / 2) / 50) ** (1 / order))
     return FixedStep(scheme, 1 / math.ceil(1 / h - 1e-9))
 
 

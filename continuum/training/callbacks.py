@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 
 from continuum.flow import Flow
 from continuum.models import Network
-from continuum.weights import PiecewiseConstant
 
 
 class LogCost(Callback):
@@ -147,8 +146,9 @@ def network_of(module: pl.LightningModule, callback: Callback) -> Network:
 def _parameters(network: Network, copies: int) -> Iterator[nn.Parameter]:
     """The parameters, those of each layer so many times in a row: in the order of the refined network."""
     for part in (network.stem, *network.stages, network.head):
-        if isinstance(part, Flow) and isinstance(part.field, PiecewiseConstant):
-            for layer in part.field.layers:
+        if isinstance(part, Flow) and part.field.at(0.0) is not part.field:
+            yield from part.parameters(recurse=False)  # a learnt depth
+            for layer in part.field.pieces():
                 yield from list(layer.parameters()) * copies
         else:
             yield from part.parameters()

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torchmetrics.classification import MulticlassAccuracy
 
-from continuum.fields import Momentum
+from continuum.fields import Field
 from continuum.models import Network
 from continuum.models.checkpoint import KEY, CheckpointError, description, replay, solve_as
 from continuum.models.failure import find_failure
 from continuum.noise.base import drops_branches, stochastic_fields
-from continuum.solvers import Adaptive, SolveError
+from continuum.solvers import SolveError
 from continuum.training.callbacks import averaging
 from continuum.training.data import ImageData
 from continuum.training.fitting import check_fit
@@ -179,11 +179,11 @@ class Classifier(pl.LightningModule):
                 one in which the ranks choose their steps together in some flows only.
         """
         self._take_noise_seed()
-        norms = {flow.solver.norm for flow in self.network.flows if isinstance(flow.solver, Adaptive)}
-        if self.trainer.world_size > 1 and len(norms) > 1 and "global" in norms:
+        adaptive = [flow.solver for flow in self.network.flows if flow.solver.adaptive]
+        if self.trainer.world_size > 1 and len({solver.alone() == solver for solver in adaptive}) > 1:
             raise ValueError(
-                f"the adaptive flows of this network have the norms {', '.join(sorted(norms))}: where one fails on a rank, the "
-                "others would wait for it in the next. Give norm='global' to all of them or to none"
+                f"the adaptive flows of this network are solved by {' and '.join(sorted(set(map(str, adaptive))))}: where one "
+                "fails on a rank, the others would wait for it in the next. Give norm='global' to all of them or to none"
             )
         strategy = self.trainer.strategy
         waits = isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters", False)
@@ -233,7 +233,7 @@ class Classifier(pl.LightningModule):
             raise TypeError("samples need noise, and no field of this network is a StochasticField: leave samples at 0")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        friction = {id(module.k) for module in self.network.modules() if isinstance(module, Momentum)}
+        friction = {id(module.friction()[1]) for module in self.network.modules() if isinstance(module, Field)}
         parameters = list(self.network.parameters())
         groups = [
             {"params": [p for p in parameters if id(p) not in friction], "weight_decay": self.weight_decay},

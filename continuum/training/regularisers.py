@@ -13,12 +13,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from continuum.fields import Field
 from continuum.flow import Flow
 from continuum.integral import Integrand
 from continuum.models import Network
-from continuum.solvers import Adaptive
 from continuum.types import State, Time
-from continuum.weights import Expansion, PiecewiseConstant, depth_smoothness
+from continuum.weights import depth_smoothness
 
 
 class DepthSmoothness:
@@ -47,13 +47,13 @@ class DepthSmoothness:
         return self.weight * torch.stack([depth_smoothness(field, self.tau) for field in flows.values()]).sum()
 
 
-def flows_in_depth(network: Network) -> dict[int, PiecewiseConstant | Expansion]:
+def flows_in_depth(network: Network) -> dict[int, Field]:
     """The fields whose weights are functions of depth, by the place of their flow among the flows.
 
     Raises:
         TypeError: there is none.
     """
-    fields = {i: flow.field for i, flow in enumerate(network.flows) if isinstance(flow.field, PiecewiseConstant | Expansion)}
+    fields = {i: flow.field for i, flow in enumerate(network.flows) if flow.field.expanded() is not None}
     if not fields:
         raise TypeError(
             "smoothness in depth needs weights that vary with depth, and no flow of this network has PiecewiseConstant layers "
@@ -118,7 +118,7 @@ def _mean_square(x: Tensor) -> Tensor:
 def check_random_ends(network: Network, width: float) -> None:
     """Raise TypeError or ValueError if the flows of `network` cannot end up to `width` from their depth."""
     for flow in network.flows:
-        if not isinstance(flow.solver, Adaptive):
+        if not flow.solver.adaptive:
             raise TypeError(
                 f"end_time={width:g} moves the ends of flows, and the steps of {flow.solver} end on their grid: take an "
                 "adaptive solver such as dopri5, or leave end_time at 0"

@@ -1,7 +1,7 @@
 """How accurate the schemes are, measured: the order of each, and what undoing the steps of the reversible ones loses."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,7 @@ from continuum.schemes import (
     NeumannSeries,
     ReversibleScheme,
     Scheme,
+    StochasticScheme,
     StochasticTwoStep,
     TwoStepMidpoint,
     Verlet,
@@ -80,40 +81,35 @@ PENDULUM = Coupled(Equation(lambda t, v: v), Equation(lambda t, q: 0.3 * math.co
 """A driven pendulum, whose solution is the one of an adaptive method of order eight."""
 
 
+SUITED: dict[Scheme, Field] = {
+    **dict.fromkeys((Coupling(), Leapfrog(), Verlet()), PENDULUM),
+    LinearTwoStep(): Momentum(SEASONS.scaled(0.75), k=-0.25).double(),
+    StochasticTwoStep(): Momentum(StochasticDepth(SEASONS.scaled(0.75), 0.5, "rescaled"), k=-0.25).double().eval(),
+    # f = f1 / 2 + f2, but not with the coefficients of a method of order two.
+    Fractal(): TwoColumns(SEASONS.scaled(0.4), SEASONS.scaled(0.8)),
+}
+"""The equation in the form that a scheme can step, where that is not `SEASONS` as it is."""
+
+
 @torch.no_grad()
-def scheme_orders() -> Iterator[Order]:
-    """The measured order of every scheme, in float64 on smooth fields with a known solution, between h = 1/128 and 1/256.
+def scheme_orders(schemes: Sequence[Scheme] = SCHEMES) -> Iterator[Order]:
+    """The measured order of each scheme, in float64 on smooth fields with a known solution, between h = 1/128 and 1/256.
 
     Of stochastic schemes it is the weak order, in the second moment of a linear equation with stochastic depth, p = 1/2, which
     is known without sampling; of `StochasticTwoStep` the order of its drift.
     """
     season = START / (START + (1 - START) * math.exp(-math.sin(2.0)))
     swing = Flow(PENDULUM, "dopri8:rtol=1e-13,atol=1e-13", 2)(START)
-    for scheme in SCHEMES:
-        if isinstance(scheme, EulerMaruyama | Milstein):
+    for scheme in schemes:
+        if isinstance(scheme, StochasticScheme) and scheme not in SUITED:
             half = StochasticDepth(SEASONS, 0.5)
             moments = [linear_moment(half, scheme, [1.0], steps, power=2) for steps in (128, 256)]
             yield Order(scheme, order((128, 256), [moment - limit_moment(half, [1.0], power=2) for moment in moments]))
             continue
-        field = _suited(scheme)
-        solution = swing if isinstance(field, Coupled) else season
+        field = SUITED.get(scheme, SEASONS)
+        solution = swing if field is PENDULUM else season
         errors = [float((Flow(field, FixedStep(scheme, h=1 / m), 2)(START) - solution).norm()) for m in (128, 256)]
         yield Order(scheme, math.log2(errors[0] / errors[1]))
-
-
-def _suited(scheme: Scheme) -> Field:
-    """The equation in the form that the scheme can step."""
-    match scheme:
-        case Coupling() | Leapfrog() | Verlet():
-            return PENDULUM
-        case LinearTwoStep():
-            return Momentum(SEASONS.scaled(0.75), k=-0.25).double()
-        case StochasticTwoStep():
-            return Momentum(StochasticDepth(SEASONS.scaled(0.75), 0.5, "rescaled"), k=-0.25).double().eval()
-        case Fractal():  # f = f1 / 2 + f2, but not with the coefficients of a method of order two
-            return TwoColumns(SEASONS.scaled(0.4), SEASONS.scaled(0.8))
-        case _:
-            return SEASONS
 
 
 # Undoing
@@ -152,11 +148,22 @@ def undo_errors() -> Iterator[Undone]:
             yield Undone(scheme, 100, dtype, _there_and_back(scheme, 100, 0.1, dtype), bound_of_many)
 
 
+def _halves() -> Field:
+    return Coupled(Autonomous(PreActivation(4, 4)), Autonomous(PreActivation(4, 4)))
+
+
+LAYERS: dict[Scheme, Callable[[], Field]] = {
+    LinearTwoStep(): lambda: Momentum(Autonomous(PreActivation(8, 8)), k=-0.9),
+    TwoStepMidpoint(): lambda: Autonomous(PreActivation(8, 8)),
+}
+"""A layer that a scheme can step, where that is not one of two halves."""
+
+
 def _there_and_back(scheme: ReversibleScheme, layers: int, scale: float, dtype: torch.dtype) -> float:
     """The largest relative error of the state and memory from which the layers set out."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        field = PiecewiseConstant(_layer(scheme).scaled(scale) for _ in range(layers)).to(dtype)
+        field = PiecewiseConstant(LAYERS.get(scheme, _halves)().scaled(scale) for _ in range(layers)).to(dtype)
         x, previous = torch.randn(2, 4, 8, 6, 6, dtype=dtype)
     start = (x, *scheme.begin(field, x, previous, [(0.0, 1.0)]))
     x, memory = x, start[1:]
@@ -165,13 +172,3 @@ def _there_and_back(scheme: ReversibleScheme, layers: int, scale: float, dtype: 
     for n in reversed(range(layers)):
         x, memory = scheme.undo(field, float(n), x, 1.0, memory)
     return max(float((one - other).norm() / other.norm()) for one, other in zip((x, *memory), start, strict=True))
-
-
-def _layer(scheme: ReversibleScheme) -> Field:
-    match scheme:
-        case LinearTwoStep():
-            return Momentum(Autonomous(PreActivation(8, 8)), k=-0.9)
-        case TwoStepMidpoint():
-            return Autonomous(PreActivation(8, 8))
-        case _:
-            return Coupled(Autonomous(PreActivation(4, 4)), Autonomous(PreActivation(4, 4)))

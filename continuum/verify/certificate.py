@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from continuum.fields import Momentum
+from continuum.fields import Field
 from continuum.flow import Flow
 from continuum.models import Network
 from continuum.models.fractal import FractalStages
 from continuum.models.network import Blueprint
 from continuum.schemes import RK4, Euler, EulerMaruyama
+from continuum.schemes.base import scheme_of
 from continuum.solvers import FixedStep, Solver, parse
 from continuum.types import Images, Logits, State
 from continuum.verify.plain import PLAIN, Layer, Weights, bare
@@ -126,13 +127,19 @@ def _discrete(network: Network) -> Network:
     if not solvers or (blueprint.builder in CONTINUOUS and len(solvers) == 1 and _has_loop(*solvers)):
         return network
     published = parse(inspect.signature(BUILDERS[blueprint.builder]).parameters["solver"].default)
-    return network.with_solver(published if isinstance(published, FixedStep) else FixedStep(Euler()))
+    return network.with_solver(published if scheme_of(published) else FixedStep(Euler()))
 
 
 def _has_loop(solver: Solver) -> bool:
-    if not isinstance(solver, FixedStep) or solver.grid is not None or solver.h > 1:
+    """Whether the plain loops of continuous networks know the steps: one of these schemes with h = 1/m."""
+    scheme = scheme_of(solver)
+    if scheme not in (Euler(), RK4(), EulerMaruyama("own")):
         return False
-    return isinstance(solver.scheme, Euler | RK4) or solver.scheme == EulerMaruyama("own")
+    try:
+        steps = solver.steps(0.0, 1.0)
+    except ValueError:
+        return False
+    return steps is not None and solver.direct() == FixedStep(scheme, steps[0][1])
 
 
 # The two sides: the network, and the plain loop on its tensors
@@ -316,8 +323,8 @@ def small(name: str) -> Network:
             if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None and module.running_var is not None:
                 nn.init.normal_(module.running_mean, std=0.1)
                 nn.init.uniform_(module.running_var, 0.5, 1.5)
-            if isinstance(module, Momentum) and isinstance(module.k, nn.Parameter):
-                nn.init.uniform_(module.k, -0.4, 0.3)
+            if isinstance(module, Field) and isinstance(k := module.friction()[1], nn.Parameter):
+                nn.init.uniform_(k, -0.4, 0.3)
         for parameter in (p for name, p in network.named_parameters() if name.endswith("bias")):
             nn.init.normal_(parameter, std=0.1)
     return network

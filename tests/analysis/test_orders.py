@@ -10,7 +10,7 @@ from torch import nn
 
 from continuum import Autonomous, Field, Flow, PiecewiseConstant
 from continuum.analysis import convergence
-from continuum.analysis.convergence import Convergence, deep_limit, held, sampled, scheme_errors
+from continuum.analysis.convergence import Convergence, deep_limit, sampled, scheme_errors
 from continuum.bases import Box, Chebyshev, Fourier, Hat
 from continuum.fields import MLP, Coupled, Momentum, ODENetBranch, Scaled, SecondOrder
 from continuum.noise import StochasticDepth
@@ -219,18 +219,18 @@ def test_a_field_held_at_a_depth_can_be_stepped_by_the_same_schemes() -> None:
         (PiecewiseConstant([Momentum(f, k=0.1)]), Momentum),
     ):
         field.train()
-        autonomous = held(field, 0.3)
+        autonomous = field.held(0.3)
         assert isinstance(autonomous, kind)
         assert autonomous.training
         for t in (0.0, 0.9):
             assert torch.allclose(autonomous(t, x), field(0.3, x), rtol=0, atol=1e-13)
     mixed = Function(lambda t, x: t * x)
     mixed.part = nn.Linear(1, 1).eval()
-    assert held(mixed, 0.5)(9.0, x).equal(0.5 * x)
+    assert mixed.held(0.5)(9.0, x).equal(0.5 * x)
     assert not mixed.part.training
 
 
 def test_a_jump_in_the_weights_is_read_from_the_right() -> None:
     field = expansion(Box(2, depth=2.0))
     second = {name: p[1] for name, p in field.field.named_parameters()}
-    assert all(torch.equal(p, second[name.removeprefix("field.")]) for name, p in held(field, 1.0).named_parameters())
+    assert all(torch.equal(p, second[name.removeprefix("field.")]) for name, p in field.held(1.0).named_parameters())
