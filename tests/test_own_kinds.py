@@ -8,14 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from continuum.analysis.accuracy import scheme_orders
-from continuum.analysis.certificate import certify, small, some_images
 from torch import Tensor, nn
 
 import continuum
-from continuum.analysis.compare import compare
+from continuum.analysis.compare import compare_solvers
 from continuum.analysis.convergence import scheme_errors
-from continuum.analysis.dynamics import dynamics
+from continuum.analysis.dynamics import flow_dynamics
 from continuum.analysis.gradients import compare_gradients
 from continuum.analysis.report import Sample, report
 from continuum.analysis.stochastic import limit_moment, linear_moment, strong_errors
@@ -30,6 +28,8 @@ from continuum.schemes import EulerMaruyama, Heun, Scheme
 from continuum.schemes.base import combine, inside
 from continuum.solvers import FixedStep, Solver, parse
 from continuum.solvers.base import Cost, Solution, cut_at_knots
+from continuum.verify.accuracy import scheme_orders
+from continuum.verify.certificate import certify, small, some_images
 from continuum.weights import PiecewiseConstant, depth_smoothness
 
 FLOAT64 = torch.float64
@@ -70,7 +70,9 @@ class Pieces(Solver):
 
     count: int = 8
 
-    def __call__(self, field: Field, x: Tensor, times: Sequence[float], previous: Tensor | None = None) -> Solution:
+    def __call__(
+        self, field: Field, x: Tensor, times: Sequence[float], previous: Tensor | None = None, exact: bool = False
+    ) -> Solution:
         states, grid = [x], [times[0]]
         for leg in pairwise(times):
             for start, stop in pairwise(cut_at_knots(field.knots, *leg)):
@@ -322,11 +324,11 @@ def test_compiled_networks_compute_the_same(solver: Solver | str) -> None:
 
 def test_comparison_has_a_row_for_each() -> None:
     batches = [(images(), torch.tensor([0, 1, 2, 0, 1]))]
-    rows = list(compare(build_network("rk4:h=0.25"), batches, [*OWN, parse("dopri5")], torch.device("cpu")))
+    rows = list(compare_solvers(build_network("rk4:h=0.25"), batches, [*OWN, parse("dopri5")], torch.device("cpu")))
     assert [row.solver for row in rows[1:3]] == list(map(str, OWN))
     assert max(row.logit_difference for row in rows) < 1e-2
     noisy = build_network("euler_maruyama", noise=True)
-    *_, row = compare(noisy, batches, [parse("euler_maruyama:h=0.5")], torch.device("cpu"), paths=2)
+    *_, row = compare_solvers(noisy, batches, [parse("euler_maruyama:h=0.5")], torch.device("cpu"), paths=2)
     assert row.loss_deviation > 0
 
 
@@ -348,7 +350,7 @@ def test_analyses_ask_own_kinds() -> None:
     (row,) = compare_gradients(flow, x, [parse("dopri5:rtol=1e-6,atol=1e-6,gradient=adjoint")])
     assert row.error < 1e-4
     assert row.evaluations > 0
-    (found,) = dynamics(network, images())
+    (found,) = flow_dynamics(network, images())
     assert len(found.steps) == 48
     assert len(found.smoothness) == 2
 

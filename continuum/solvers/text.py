@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, cast, get_args, get_origin
 
 from continuum.schemes import SCHEMES, Scheme
 from continuum.solvers.adaptive import Adaptive
@@ -53,8 +53,7 @@ def parse(text: str) -> Solver:
 
 def _options(kind: type, *named: str) -> dict[str, Callable[[str], Any]]:
     """How each field of a dataclass is read from text, but for those that the name stands for."""
-    hints = get_type_hints(kind)
-    return {f.name: _reader(hints[f.name]) for f in fields(cast(Any, kind)) if f.name not in named}
+    return {f.name: _reader(f.type) for f in fields(cast(Any, kind)) if f.name not in named}
 
 
 def _reader(hint: Any) -> Callable[[str], Any]:
