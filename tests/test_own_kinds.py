@@ -179,7 +179,6 @@ def test_a_scheme_is_refined() -> None:
     assert Flow(plain(), FixedStep(Extrapolated(), h=1 / 4), 1).refine(3).solver == FixedStep(Extrapolated(), h=1 / 12)
 
 
-@pytest.mark.xfail(reason="Flow.refine does not ask its solver yet", strict=True)
 def test_a_solver_is_asked_for_its_finer_self() -> None:
     assert Flow(plain(), Pieces(4), 1).refine(3).solver == Pieces(12)
 

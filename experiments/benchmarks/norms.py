@@ -19,12 +19,13 @@ from torch import Tensor, nn
 import continuum
 from continuum import Adaptive, Autonomous, Field, Flow
 from continuum.files import write_json
+from continuum.solvers import PerImage, Solver
 
 IMAGES, FEATURES = 64, 8
-SOLVERS: dict[str, dict[str, Any]] = {
-    "batch": {"norm": "batch"},
-    "sample": {"norm": "sample"},
-    "sample, torchode": {"norm": "sample", "engine": "torchode"},
+SOLVERS: dict[str, Callable[[float], Solver]] = {
+    "batch": lambda tolerance: Adaptive("dopri5", tolerance, tolerance),
+    "sample": lambda tolerance: Adaptive("dopri5", tolerance, tolerance, norm="sample"),
+    "each image": lambda tolerance: PerImage("dopri5", tolerance, tolerance),
 }
 
 
@@ -60,8 +61,8 @@ def rows(name: str, tolerance: float, seed: int) -> list[dict[str, Any]]:
     exact = Flow(field, Adaptive("dopri8", 1e-13, 1e-13, max_evaluations=1_000_000), depth)(x)
     allowed = tolerance * (1 + exact.abs())
     found = []
-    for norm, options in SOLVERS.items():
-        flow = Flow(field, Adaptive("dopri5", tolerance, tolerance, **options), depth)
+    for norm, solver in SOLVERS.items():
+        flow = Flow(field, solver(tolerance), depth)
         error = ((flow(x) - exact) / allowed).square().mean(dim=1).sqrt()
         cost = flow.cost
         assert cost is not None
