@@ -737,7 +737,8 @@ def test_convert_there_and_back(capsys):
     run("published.th", "network.pt")
     parameters = sum(p.numel() for p in continuum.load("network.pt").parameters())
     assert capsys.readouterr().out.splitlines() == [
-        f"read published.th: resnet, {parameters:,} parameters, euler:h=1",
+        f"read published.th: resnet, {parameters:,} parameters, euler:h=1; what has no weights (strides, activations, pooling) "
+        "is taken to be as published",
         "wrote network.pt: a continuum checkpoint",
     ]
     run("network.pt", "new/back.pth")

@@ -127,6 +127,6 @@ def _sample(network: Network, size: int | None) -> Tensor:
             network(images)
     except SolveError:
         raise
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise ValueError(f"{network.blueprint.builder} cannot take images of {side}x{side}: {error}") from None
     return images

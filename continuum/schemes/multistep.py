@@ -112,9 +112,9 @@ class LinearTwoStep(ReversibleScheme):
     def forth(self, evaluate: Evaluate, field: Field, t: float, x: State, h: float, memory: Memory) -> tuple[State, Memory]:
         t = inside(field.knots, t, h, 0, x.dtype)
         inner, k = field.at(t).friction()
-        slope = evaluate(inner, t, x)
         if k is not None and memory:
-            return combine((1 - k) * x + k * memory[0], h, (1,), (slope,)), (x,)
+            return combine((1 - k) * x + k * memory[0], h, (1,), (evaluate(inner, t, x),)), (x,)
+        slope = evaluate(inner, t, x)
         return combine(x, h, (1,), (slope if k is None else slope / (1 + k),)), (x,)
 
     def back(

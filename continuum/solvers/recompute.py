@@ -106,6 +106,7 @@ class Recomputation:
 
         self.frame = frame = _Frame(again)
         result = frame.first(run, inputs)
+        self.frame = None  # which would hold the run, and so the solve
         moved = [i for i, (b, v) in enumerate(were) if self.buffers[i].tensor is not b or b._version != v]
         # One that did not move before has no copy from before; that of batch statistics, as a rule, is not read.
         copies = {i: copies[i] if i in copies else self.buffers[i].tensor.clone() for i in moved}

@@ -180,7 +180,7 @@ def test_the_interval_of_a_difference_covers_it_and_is_paired() -> None:
 @torch.no_grad()
 def test_differences_from_the_reference_are_by_image(batches: list[tuple[Tensor, Tensor]]) -> None:
     torch.manual_seed(0)
-    network = continuum.preresnet(14, width=8, in_channels=1).eval()
+    network = continuum.zoo.preresnet(14, width=8, in_channels=1).eval()
     images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     # As if it were trained: its own answers are right, but for a few.
     labels = network(images).argmax(1)
