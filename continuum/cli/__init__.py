@@ -18,7 +18,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if name in COMMANDS:
             getattr(import_module(f"continuum.cli.{name}"), f"{name}_command")(arguments[1:])
-        elif name in LIGHTNING:
+        elif name in LIGHTNING or name.partition("=")[0] in ("-c", "--config"):  # whose file may name the subcommand
             import_module("continuum.cli.training").training_command(arguments)
         else:
             _about(arguments)

@@ -166,7 +166,7 @@ def _with_network(arguments: list[str]) -> list[str]:
 
 
 def _small(own_data: bool) -> dict[str, Any]:
-    """The network of `continuum fit` alone, by the recipe of experiments/digits.yaml."""
+    """The network of `continuum fit` alone, by the recipe of experiments/digits/demo.yaml."""
     network = {"width": 16, "downsample": False, "solver": "dopri5:rtol=1e-2,atol=1e-2"}
     chosen = {
         "model.network": _class(f"{ZOO}.odenet", network),

@@ -19,7 +19,7 @@ from continuum.training import Classifier, ImageData
 
 pytestmark = pytest.mark.usefixtures("command_line")
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-CONFIGS = [EXPERIMENTS / "digits.yaml", *sorted((EXPERIMENTS / "cifar10").glob("*.yaml"))]
+CONFIGS = [EXPERIMENTS / "digits" / "demo.yaml", *sorted((EXPERIMENTS / "cifar10").glob("*.yaml"))]
 
 NETWORK = """
 model:
@@ -284,6 +284,12 @@ def test_the_bar_and_the_checkpoints_can_be_turned_off(flag: str, written: bool)
     Path("config.yaml").write_text(CONFIG)
     run(*SHORT, f"--trainer.{flag}", "false")
     assert Path("checkpoints/last.ckpt").is_file() == written
+
+
+def test_a_config_may_come_before_its_command() -> None:
+    Path("all.yaml").write_text("fit:\n" + "".join(f"  {line}\n" for line in CONFIG.splitlines()))
+    run("--config", "all.yaml", *SHORT[:1], *QUIET, "--trainer.max_steps", "1")
+    assert Path("checkpoints/last.ckpt").is_file()
 
 
 def test_a_callback_that_is_given_takes_the_place_of_ours() -> None:
