@@ -13,9 +13,8 @@ from continuum.fields import Field
 from continuum.fields.base import as_field, checked, in_mode_of
 from continuum.integral import Integrand, augmented
 from continuum.noise.base import has_noise, without_noise
-from continuum.schemes import TwoStepMidpoint
 from continuum.schemes.base import inside
-from continuum.solvers import Cost, FixedStep, Solver, parse
+from continuum.solvers import Cost, Solver, parse
 from continuum.solvers.arithmetic import compile_field
 from continuum.solvers.base import Solution, evaluating, statistics_untouched
 from continuum.solvers.fixed import compile_whole
@@ -269,7 +268,7 @@ class Flow(nn.Module):
             ValueError: an integrand that does not return one number an image.
         """
         flow = self.with_integral(integrand)
-        if memory is not None and isinstance(self.solver, FixedStep) and isinstance(self.solver.scheme, TwoStepMidpoint):
+        if memory is not None and self.solver.remembers:
             raise TypeError(
                 f"{self.solver} starts from two states here, and the integral before the first is unknown. {OTHERS}"
             )

@@ -115,7 +115,13 @@ class StochasticField(Field):
                 f"noise is 'scalar' or 'diagonal' and per is 'image' or 'batch'; {type(self).__name__} has {self.noise!r} and "
                 f"{self.per!r}"
             )
-        values = [self.coefficients(0.0, eta) for eta in (0.0, 1.0, 2.0)]
+        try:
+            values = [self.coefficients(0.0, eta) for eta in (0.0, 1.0, 2.0)]
+        except (TypeError, IndexError) as error:
+            raise TypeError(
+                f"eta is one number a layer, which drives all of its branches; {type(self).__name__}.coefficients takes it for "
+                f"something else ({error}): give each number a layer of its own"
+            ) from error
         if not all(isinstance(row, Sequence) for row in values):
             raise TypeError(f"{type(self).__name__}.coefficients returns a sequence, one for each branch, not {values[0]!r}")
         for a, b, c in zip(*values, strict=True):

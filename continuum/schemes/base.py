@@ -29,7 +29,8 @@ class Scheme(ABC):
     """A rule for one step. A scheme has no state of its own: what it remembers is passed in and returned.
 
     `order` is the order of its global error on smooth fields, `stages` the number of field evaluations of a step,
-    `variable_steps` whether neighbouring steps may differ in size.
+    `variable_steps` whether neighbouring steps may differ in size, `remembers` whether a state before the first changes what it
+    does, `one_graph` whether torch.compile can follow a step.
 
     What it is in numbers, for those who analyse it, is its `tableau`, the coefficients `series` of a step R(h rate) x for
     linear fields only, or `multistep`; a scheme that says none of them is left out there.
@@ -38,6 +39,8 @@ class Scheme(ABC):
     order: int
     stages: int
     variable_steps: bool = True
+    remembers: bool = False
+    one_graph: bool = True
     tableau: "Tableau | None" = None
     series: tuple[int, ...] | None = None
 

@@ -80,6 +80,7 @@ class LinearTwoStep(ReversibleScheme):
     order = 1
     stages = 1
     variable_steps = False
+    remembers = True
 
     def check(self, field: Field) -> None:
         if all(layer.friction()[1] is None for layer in field.pieces()):
@@ -143,6 +144,7 @@ class TwoStepMidpoint(ReversibleScheme):
     order = 2
     stages = 1
     variable_steps = False
+    remembers = True
 
     def check(self, field: Field) -> None:
         if any(layer.friction()[1] is not None for layer in field.pieces()):

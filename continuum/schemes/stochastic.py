@@ -177,6 +177,8 @@ class Milstein(StochasticScheme):
             statistics in training mode, which torch derives twice at most.
     """
 
+    one_graph = False  # derivatives are taken inside a step
+
     def check_noise(self, field: StochasticField) -> None:
         if field.noise == "diagonal" and not field.separable:
             raise TypeError(
@@ -226,6 +228,7 @@ class StochasticTwoStep(StochasticScheme):
 
     increments: Increments = "own"
     variable_steps = False
+    remembers = True
 
     def __post_init__(self) -> None:
         EulerMaruyama(self.increments)
@@ -301,8 +304,10 @@ def self_derivative(layer: Field, t: float, x: State) -> tuple[State, State, Sta
         if noise.requires_grad:
             u = torch.zeros_like(noise, requires_grad=True)
             (pulled,) = torch.autograd.grad(noise, x, u, create_graph=True, allow_unused=True, materialize_grads=True)
-            if pulled.requires_grad:
-                (along,) = torch.autograd.grad(pulled, u, noise, create_graph=differentiable, retain_graph=True)
+            if pulled.requires_grad:  # and zero all the same where the diffusion does not depend on x
+                (along,) = torch.autograd.grad(
+                    pulled, u, noise, create_graph=differentiable, retain_graph=True, allow_unused=True, materialize_grads=True
+                )
     if not differentiable:
         return moved.detach(), noise.detach(), along.detach()
     return moved, noise, along

@@ -68,6 +68,11 @@ class Solver(ABC):
         return False
 
     @property
+    def remembers(self) -> bool:
+        """Whether a state before the first changes what it does."""
+        return False
+
+    @property
     def adaptive(self) -> bool:
         """Whether the size of an error chooses the steps: they may end at any depth, and a solve may fail."""
         return False

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from continuum.fields import Field
-from continuum.schemes import Memory, Milstein, ReversibleScheme, Scheme, StochasticScheme
+from continuum.schemes import Memory, ReversibleScheme, Scheme, StochasticScheme
 from continuum.schemes.base import inside
 from continuum.solvers.arithmetic import combined
 from continuum.solvers.base import (
@@ -105,8 +105,12 @@ class FixedStep(Solver):
             self.scheme.check_undo(field)
 
     @property
-    def one_graph(self) -> bool:  # not where derivatives are taken inside the steps, or steps taken back
-        return self.gradient != "reversible" and not isinstance(self.scheme, Milstein)
+    def one_graph(self) -> bool:  # not where steps are taken back
+        return self.gradient != "reversible" and self.scheme.one_graph
+
+    @property
+    def remembers(self) -> bool:
+        return self.scheme.remembers
 
     def without_noise(self) -> Solver:
         return replace(self, scheme=self.scheme.without_noise())

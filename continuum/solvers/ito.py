@@ -1,5 +1,6 @@
 """One solve of dx = a(t, x) dt + b(t, x) dB in progress: the field and its Brownian path, as torchsde wants and gives them."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -61,6 +62,17 @@ def noises(field: Field) -> list[StochasticField]:
     return [noisy for layer in field.pieces() if (noisy := noise_of(layer)) is not None]
 
 
+def _rows(noisy: StochasticField, x: State) -> int:
+    """How many numbers the field draws for x, each for all entries behind some leading axes: one for none, an image for one."""
+    size = noisy.size(x)
+    if size not in [(*x.shape[:axes], *[1] * (x.dim() - axes)) for axes in range(x.dim() + 1)]:
+        raise TypeError(
+            f"Brownian paths are shared by whole rows, with one number for the batch, an image or a channel of it; "
+            f"{type(noisy).__name__} draws numbers of shape {size} for states of shape {tuple(x.shape)}. Take EulerMaruyama()"
+        )
+    return math.prod(size)
+
+
 Values = tuple[Tensor, Tensor, Tensor]
 
 
@@ -68,7 +80,7 @@ class Equation(BaseSDE):
     """A stochastic field for torchsde: a(t, y) and b(t, y) of flat states y, evaluated together, and once for each (t, y).
 
     The entries of y in one row share a noise or have one each: a row is an image, or the batch where that has one number for
-    all. torchsde calls the noise "scalar" or "diagonal".
+    all, or what else the field draws a number for. torchsde calls the noise "scalar" or "diagonal".
     """
 
     def __init__(self, field: Field, x: State, milstein: bool) -> None:
@@ -76,7 +88,7 @@ class Equation(BaseSDE):
         super().__init__(noise_type=noisy.noise, sde_type="ito")
         self.field = field
         self.shape = x.shape
-        self.rows = 1 if noisy.noise == "scalar" and noisy.per == "batch" else len(x)
+        self.rows = len(x) if noisy.noise == "diagonal" else _rows(noisy, x)
         self.milstein = milstein
         self.backward = False  # whether the adjoint equation is solved now: that is not counted, and derives b itself
         self.evaluations = 0

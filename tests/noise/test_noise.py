@@ -9,7 +9,7 @@ from torch import nn
 from torchvision.ops import stochastic_depth
 
 import continuum
-from continuum import Autonomous, Flow, Momentum, Network, PiecewiseConstant, PostActivation
+from continuum import MLP, Autonomous, Flow, Momentum, Network, PiecewiseConstant, PostActivation
 from continuum.fields import Scaled
 from continuum.models.parts import NoisyTransition
 from continuum.noise import (
@@ -362,6 +362,58 @@ def test_milstein_adds_the_derivative_of_the_diffusion_along_itself(name):
         assert torch.equal(FixedStep(Milstein(), h)(field, x, (0.0, h)).states[-1], found)
 
 
+class Learnt(StochasticField):
+    """dx = f dt + sigma dB, whose diffusion is learnt and does not depend on x."""
+
+    def __init__(self, noise, shape=None):
+        super().__init__()
+        self.field, self.noise, self.shape = MLP(3, hidden=4).double(), noise, shape
+        self.sigma = nn.Parameter(torch.tensor(0.3, dtype=FLOAT64))
+
+    def branches(self, t, x):
+        return (lambda: self.field(t, x), lambda: self.sigma * torch.ones_like(x))
+
+    def law(self, t):
+        return Normal()
+
+    def coefficients(self, t, eta):
+        return (1.0, eta)
+
+    def size(self, x):
+        return self.shape or super().size(x)
+
+
+@pytest.mark.parametrize("noise", ["scalar", "diagonal"])
+@pytest.mark.parametrize(
+    ("milstein", "euler"),
+    [
+        ("milstein:h=0.25", "euler_maruyama:increments=brownian,h=0.25"),
+        ("brownian:method=milstein,h=0.25", "brownian:method=euler,h=0.25"),
+        ("brownian:method=milstein,h=0.25,gradient=adjoint", "brownian:method=euler,h=0.25,gradient=adjoint"),
+    ],
+)
+def test_milstein_with_additive_noise_is_euler_maruyama(noise, milstein, euler):
+    found, x = [], torch.randn(5, 3, dtype=FLOAT64, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    field = Learnt(noise)
+    for solver in (milstein, euler):
+        torch.manual_seed(1)
+        end = Flow(field, solver, 1)(x)
+        found.append([end, *torch.autograd.grad(end.square().sum(), list(field.parameters()))])
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+def test_a_number_for_each_channel_has_a_path_for_each_channel():
+    x = torch.zeros(2, 3, 4, dtype=FLOAT64)
+    for shape, numbers in (((1, 1, 1), 1), ((2, 1, 1), 2), ((2, 3, 1), 6)):
+        field = Learnt("scalar", shape)
+        field.field = Autonomous(nn.Tanh())
+        for solver in ("euler_maruyama:h=0.5", "brownian:method=euler,h=0.5"):
+            assert len(Flow(field, solver, 1)(x).unique()) == numbers
+    with pytest.raises(TypeError, match=r"shape \(1, 3, 1\) for states of shape \(2, 3, 4\)"):
+        Flow(Learnt("scalar", (1, 3, 1)), "brownian:method=euler,h=0.5", 1)(x)
+
+
 def test_two_steps_keep_what_they_keep():
     field = PiecewiseConstant(
         [
@@ -480,6 +532,7 @@ class Odd(StochasticField):
         (lambda self, eta: eta, "scalar", TypeError, "a sequence"),
         (lambda self, eta: (self.weight * eta,), "scalar", TypeError, "depends on a parameter"),
         (lambda self, eta: (eta,), "general", ValueError, "'scalar' or 'diagonal'"),
+        (lambda self, eta: (eta[0],), "scalar", TypeError, "one number a layer.*a layer of its own"),
     ],
 )
 def test_a_regulariser_of_your_own_is_looked_at(coefficients, noise, error, message):
