@@ -303,11 +303,9 @@ def self_derivative(layer: Field, t: float, x: State) -> tuple[State, State, Sta
         along = torch.zeros_like(noise)
         if noise.requires_grad:
             u = torch.zeros_like(noise, requires_grad=True)
-            (pulled,) = torch.autograd.grad(noise, x, u, create_graph=True, allow_unused=True, materialize_grads=True)
-            if pulled.requires_grad:  # and zero all the same where the diffusion does not depend on x
-                (along,) = torch.autograd.grad(
-                    pulled, u, noise, create_graph=differentiable, retain_graph=True, allow_unused=True, materialize_grads=True
-                )
+            (pulled,) = torch.autograd.grad(noise, x, u, create_graph=True, allow_unused=True)
+            if pulled is not None and pulled.requires_grad:  # else the diffusion does not depend on x
+                (along,) = torch.autograd.grad(pulled, u, noise, create_graph=differentiable, retain_graph=True)
     if not differentiable:
         return moved.detach(), noise.detach(), along.detach()
     return moved, noise, along

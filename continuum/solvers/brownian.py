@@ -20,7 +20,7 @@ from continuum.schemes.stochastic import check_batch_statistics, check_path_grad
 from continuum.solvers.adaptive import Adaptive
 from continuum.solvers.base import Cost, Solution, Solver, Step, cut_at_knots, needs_grad, option_text, restored_on_error
 from continuum.solvers.fixed import FixedStep
-from continuum.solvers.ito import Adjoint, Rule, Solve, noises
+from continuum.solvers.ito import Adjoint, Closed, Rule, Solve, noises
 from continuum.types import State
 
 Gradient = Literal["direct", "adjoint"]
@@ -150,15 +150,17 @@ class Brownian(Solver):
         if not x.numel():  # an empty batch moves along no path
             return Solution([x] * len(times), Cost(0, 0, 0, tuple(times)))
         legs = [list(self._pieces(field, *leg)) for leg in pairwise(times)]
-        differentiated = needs_grad(field, x)
+        adjoint = torch.is_grad_enabled() and self.gradient == "adjoint"
+        differentiated = adjoint or needs_grad(field, x) or (torch.is_grad_enabled() and self.method != "milstein")
         if differentiated:
             self._check_gradient(field, x)
         with restored_on_error(field), torch.set_grad_enabled(differentiated):
-            solve = Solve(Rule(self.method, self.h, self.rtol, self.atol), field, x, start, stop)
+            closed = Closed(field) if adjoint else None
+            solve = Solve(Rule(self.method, self.h, self.rtol, self.atol), field, x, start, stop, closed)
             y, states = solve.y, [x]
             for leg in legs:
                 for points in leg:
-                    if differentiated and self.gradient == "adjoint":
+                    if adjoint:
                         y = cast(Tensor, Adjoint.apply(solve, points, y, *_parameters(field, points, x.dtype)))
                     else:
                         y = solve.forth(y, points)

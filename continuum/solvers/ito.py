@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
 from torchsde import BrownianInterval, ReverseBrownian
 from torchsde._core import misc
 from torchsde._core.adjoint_sde import AdjointSDE
@@ -21,7 +22,16 @@ from continuum.noise import StochasticField
 from continuum.noise.base import noise_of, terms
 from continuum.schemes.base import inside
 from continuum.schemes.stochastic import self_derivative
-from continuum.solvers.base import LOOSER, Cost, SolveError, rows_not_finite, statistics_untouched
+from continuum.solvers.base import (
+    LOOSER,
+    Cost,
+    SolveError,
+    check_closed,
+    refuse_create_graph,
+    rows_not_finite,
+    statistics_untouched,
+)
+from continuum.solvers.recompute import aliases_of, holding, slots_of
 from continuum.types import State
 
 SMALLEST = 1e-5
@@ -83,13 +93,14 @@ class Equation(BaseSDE):
     all, or what else the field draws a number for. torchsde calls the noise "scalar" or "diagonal".
     """
 
-    def __init__(self, field: Field, x: State, milstein: bool) -> None:
+    def __init__(self, field: Field, x: State, milstein: bool, closed: "Closed | None") -> None:
         noisy = noises(field)[0]
         super().__init__(noise_type=noisy.noise, sde_type="ito")
         self.field = field
         self.shape = x.shape
         self.rows = len(x) if noisy.noise == "diagonal" else _rows(noisy, x)
         self.milstein = milstein
+        self.closed = closed
         self.backward = False  # whether the adjoint equation is solved now: that is not counted, and derives b itself
         self.evaluations = 0
         self.known: list[tuple[float, Tensor, Values]] = []
@@ -118,6 +129,16 @@ class Equation(BaseSDE):
         return values
 
     def _evaluate(self, depth: float, y: Tensor) -> Values:
+        if self.closed is None:
+            return self._terms(depth, y)
+        # With a graph in the forward pass too, to see where it leads while that can still be told.
+        y = y if self.backward else y.detach().requires_grad_()
+        with torch.set_grad_enabled(torch.is_grad_enabled() or not self.backward), self.closed.parameters():
+            values = self._terms(depth, y)
+        self.closed.check(y, values)
+        return values if self.backward else tuple(value.detach() for value in values)  # pyright: ignore[reportReturnType]
+
+    def _terms(self, depth: float, y: Tensor) -> Values:
         t, x = min(max(depth, self.first), self.last), y.reshape(self.shape)
         layer = self.field.at(t)
         noisy = noise_of(layer)
@@ -169,13 +190,35 @@ class Equation(BaseSDE):
         return diffusion * v1, along * v2
 
 
+class Closed:
+    """A field whose gradients the adjoint takes with respect to aliases of its parameters, and no other tensor's."""
+
+    def __init__(self, field: Field) -> None:
+        self.slots = slots_of([field], buffers=False)
+        self.aliases = aliases_of(self.slots)
+
+    def parameters(self) -> AbstractContextManager[None]:
+        """Inside the block the aliases stand for the parameters."""
+        return holding(self.aliases, self.slots)
+
+    def alias(self, parameter: Tensor) -> Tensor:
+        return next(alias for i, alias in self.aliases.items() if self.slots[i].tensor is parameter)
+
+    def check(self, y: Tensor, values: Values) -> None:
+        """Raise TypeError if the values have the gradient of another tensor than the state and the aliases."""
+        for value in values:
+            if value.requires_grad:
+                check_closed(get_gradient_edge(value), (y, *self.aliases.values()), "the adjoint of a Brownian solve")
+
+
 class Solve:
     """The path of one solve, torchsde's method on it, and what has been spent."""
 
-    def __init__(self, rule: Rule, field: Field, x: State, start: float, stop: float) -> None:
+    def __init__(self, rule: Rule, field: Field, x: State, start: float, stop: float, closed: Closed | None = None) -> None:
         self.rule = rule
         self.field = field
-        self.equation = Equation(field, x, rule.method == "milstein")
+        self.closed = closed
+        self.equation = Equation(field, x, rule.method == "milstein", closed)
         self.y = x.reshape(self.equation.rows, -1)
         self.path = BrownianInterval(
             t0=start,
@@ -304,10 +347,11 @@ class Adjoint(torch.autograd.Function):
         return end
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, gradient):  # pyright: ignore
+        refuse_create_graph("the adjoint of a Brownian solve")
         end, *parameters = ctx.saved_tensors
-        return None, None, *ctx.solve.back(ctx.points, end, gradient, parameters)
+        aliases = [ctx.solve.closed.alias(parameter) for parameter in parameters]
+        return None, None, *ctx.solve.back(ctx.points, end, gradient, aliases)
 
 
 def _depths(depths: float | Sequence[float]) -> Tensor:

@@ -393,6 +393,27 @@ def test_the_adjoint_of_adaptive_steps(kind):
     assert distance(adjoint, direct) < 0.02
 
 
+def test_a_hook_on_a_parameter_acts_once_under_the_adjoint():
+    field = StochasticDepth(small_mlp(), 0.7, per="image")
+    flow = Flow(field, Brownian(h=1 / 4, gradient="adjoint"), depth=1)
+    expected = [2 * gradient for gradient in gradients(flow, states())[1:]]
+    for parameter in field.parameters():
+        parameter.register_hook(lambda gradient: 2 * gradient)
+    torch.testing.assert_close(gradients(flow, states())[1:], expected)
+
+
+def test_the_adjoint_refuses_what_it_would_lose():
+    z, x = states().requires_grad_(), states()
+    field = StochasticDepth(Function(lambda t, x: torch.tanh(x + z)), 0.7, per="image")
+    with pytest.raises(TypeError, match=r"shape \(4, 3\).*would lose that gradient"):
+        Flow(field, Brownian(gradient="adjoint"), depth=1)(x)
+    Flow(field, Brownian(), depth=1)(x).sum().backward()
+    assert z.grad is not None
+    flow = Flow(StochasticDepth(small_mlp(), 0.7, per="image"), Brownian(gradient="adjoint"), depth=1)
+    with pytest.raises(RuntimeError, match="differentiated once only"):
+        torch.autograd.grad(flow(x.requires_grad_()).sum(), x, create_graph=True)
+
+
 def test_nothing_is_differentiated_that_need_not_be():
     for gradient in ("direct", "adjoint"):
         field = StochasticDepth(Function(lambda t, x: -x), 0.7, per="image")
