@@ -54,9 +54,11 @@ class Field(nn.Module, ABC):
             t = depth_tensor(t, x)
         if torch.compiler.is_compiling():
             return super().__call__(t, x)
-        version = _version(x)
+        if x.is_inference():  # where torch does not count how often a tensor was written to
+            return super().__call__(t, x)
+        version = x._version
         slope = super().__call__(t, x)
-        if _version(x) != version:
+        if x._version != version:
             raise RuntimeError(
                 f"this {type(self).__name__} writes to its state in place, and the step needs that state as it was: build its "
                 "first layer with inplace=False, or let forward begin with x = x.clone()"
@@ -169,11 +171,6 @@ def depth_tensor(t: Time, x: Tensor) -> Tensor:
     if isinstance(t, Tensor):
         return t.to(dtype=dtype, device=x.device)
     return torch.full((), t, dtype=dtype, device=x.device) if isinstance(t, float | int) else t
-
-
-def _version(x: Any) -> int | None:
-    """How often x was written to; None in inference mode, where torch does not count."""
-    return None if x.is_inference() else x._version
 
 
 class Autonomous(Field):

@@ -143,7 +143,7 @@ class Adaptive(Solver):
             raise TypeError(str(error)) from None
 
     def check(self, field: Field) -> None:
-        refuse_noise(field, str(self))
+        refuse_noise(field, self)
 
     def __call__(
         self, field: Field, x: State, times: Sequence[float], previous: State | None = None, exact: bool = False
@@ -159,7 +159,7 @@ class Adaptive(Solver):
             if self.chosen_engine == "torchdiffeq":
                 return solve_by_library(self, field, x, times)
             every = self.every if self.gradient == "checkpoint" and differentiated else 0
-            stepper = Stepper(pair_of(self.method), self.control, field, times, str(self), exact, every)
+            stepper = Stepper(pair_of(self.method), self.control, field, times, self, exact, every)
             return Solution([x, *stepper.run(x)], stepper.cost())
 
     def _warn_of_rounding(self, x: State) -> None:

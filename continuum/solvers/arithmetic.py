@@ -29,6 +29,8 @@ class Sums:
         self.totals = [x] * len(rows)
         self.slopes: list[State] = []
         self.count = 0
+        # Under torch.func's transforms one tensor may be batched and another not.
+        self.in_place = not torch._C._are_functorch_transforms_active()
 
     def add(self, slope: State) -> None:
         """The next slope, k_i."""
@@ -36,15 +38,12 @@ class Sums:
         if not self.keep:
             self.slopes.clear()
         self.slopes.append(slope)
+        totals, x, h = self.totals, self.x, self.h
         for j, row in enumerate(self.rows):
             if i < len(row) and row[i]:
-                self.totals[j] = self._added(self.totals[j], slope, self.h * row[i])
-
-    def _added(self, total: State, slope: State, weight: float) -> State:
-        # Under torch.func's transforms one tensor may be batched and another not.
-        if total is self.x or torch._C._are_functorch_transforms_active():
-            return torch.add(total, slope, alpha=weight)
-        return total.add_(slope, alpha=weight)
+                total = totals[j]
+                add = total.add_ if self.in_place and total is not x else total.add
+                totals[j] = add(slope, alpha=h * row[i])
 
     def total(self, j: int) -> State:
         """The sum of row j, whose slopes have all been added."""

@@ -188,7 +188,7 @@ def advice(rows: Sequence[int], tried: Sequence[float], accepted: int) -> str:
     return f"{LOOSER}; at tight tolerances a method of high order such as dopri8 takes the fewest steps"
 
 
-def refuse_noise(field: Field, solver: str) -> None:
+def refuse_noise(field: Field, solver: Solver) -> None:
     """Raise TypeError if `field` is stochastic, for a solver that integrates deterministic fields."""
     for noisy in stochastic_fields(field):
         raise TypeError(

@@ -6,6 +6,7 @@
 These are torchdiffeq's rules and numbers.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -83,24 +84,23 @@ class StepControl:
         """A first step size from the size of the field and of its change (Hairer, Norsett, Wanner I, II.4).
 
         The solve goes from bounds[0] towards bounds[1], x and `slope` are at its start; `parts` are the components of a state.
-        All sizes stay on the device until the end, so that it is waited for once. The result may be no number.
+        The device is waited for twice. The result may be no number.
         """
         way = 1.0 if bounds[1] > bounds[0] else -1.0
         with torch.no_grad():
             scale = self.atol + self.rtol * x.abs()
-            state, speed = self.size(parts(x / scale)), self.size(parts(slope / scale))
-            tiny = torch.full_like(state, 1e-6)
-            h = torch.where((state < 1e-5) | (speed < 1e-5), tiny, 0.01 * state / speed)
-            later = (bounds[0] + way * h).nan_to_num(bounds[0]).clamp(min(bounds), max(bounds))
-            moved = x + way * h.to(x.dtype) * slope
-        changed = evaluate(later, moved)
+            sizes = torch.stack([self.size(parts(x / scale)), self.size(parts(slope / scale))])
+            state, speed = sizes.tolist()
+            if not math.isfinite(state + speed):
+                return math.nan
+            h = 1e-6 if state < 1e-5 or speed < 1e-5 else 0.01 * state / speed
+            moved = x + way * h * slope
+        changed = evaluate(min(max(bounds[0] + way * h, min(bounds)), max(bounds)), moved)
         with torch.no_grad():
-            change = self.size(parts((changed - slope) / scale)) / h
-            fastest = torch.maximum(speed, change)
-            careful = torch.maximum(tiny, 1e-3 * h)
-            chosen = torch.where(fastest <= 1e-15, careful, (0.01 / fastest) ** (1 / order))
-            first = torch.minimum(100 * h, chosen).item()
-        return min(first, self.max_step) if first == first else first
+            change = self.size(parts((changed - slope) / scale)).item() / h
+        fastest = max(change, speed)  # of no number, no number
+        chosen = max(1e-6, 1e-3 * h) if fastest <= 1e-15 else (0.01 / fastest) ** (1 / order)
+        return min(100 * h, chosen, self.max_step) if chosen == chosen else chosen
 
 
 def over_batch(components: Sequence[Tensor]) -> Tensor:

@@ -99,7 +99,7 @@ class FixedStep(Solver):
 
     def check(self, field: Field) -> None:
         if not isinstance(self.scheme, StochasticScheme):
-            refuse_noise(field, str(self))
+            refuse_noise(field, self)
         self.scheme.check(field)
         if self.gradient == "reversible" and isinstance(self.scheme, ReversibleScheme):
             self.scheme.check_undo(field)

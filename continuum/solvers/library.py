@@ -5,6 +5,7 @@ its far side. The step size is carried from piece to piece.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
@@ -162,7 +163,8 @@ class _Equation:
         if solve.evaluations >= solve.solver.max_evaluations:
             raise self.error("the evaluation budget is spent", t, 0.0)
         solve.evaluations += 1
-        with refusing_draws(solve.evaluations == 2 and solve.field.training, x.device, str(solve.solver)):
+        watch = solve.evaluations == 2 and solve.field.training
+        with refusing_draws(x.device, solve.solver) if watch else nullcontext():
             slope = self._adjoint_slope(t, x) if solve.adjoint else checked(solve.field(t, x), x).to(x.dtype)
         self.recent.append(slope.detach())
         return slope

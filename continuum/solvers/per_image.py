@@ -95,7 +95,7 @@ class PerImage(Solver):
         raise TypeError(f"steps of each image have no grid common to all that could be frozen: {ONE_FOR_ALL}")
 
     def check(self, field: Field) -> None:
-        refuse_noise(field, str(self))
+        refuse_noise(field, self)
         check_per_image(field)
 
     def __call__(

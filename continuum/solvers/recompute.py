@@ -198,11 +198,11 @@ def unless_unused(before: RandomState, device: torch.device) -> RandomState | No
 
 
 @contextmanager
-def refusing_draws(watch: bool, device: torch.device, solver: str) -> Iterator[None]:
+def refusing_draws(device: torch.device, solver: object) -> Iterator[None]:
     """Raise TypeError if random numbers are drawn inside the block, for solvers that estimate errors."""
-    before = random_state(device) if watch else ()
+    before = random_state(device)
     yield
-    if watch and unless_unused(before, device) is not None:
+    if unless_unused(before, device) is not None:
         raise TypeError(
             f"this field draws random numbers at every evaluation, and {solver} would take its noise for an error of the step: "
             "switch off its dropout, put the network in eval() mode, or take fixed steps (FixedStep)"

@@ -1,13 +1,14 @@
 """One adaptive solve: attempt a step, keep it where its error meets the tolerance, and choose the size of the next.
 
 The steps are torchdiffeq's (see `control`). What differs is the cost: stages are tensors of their own, depths and sizes are
-Python floats, and the device is waited for once an attempt (the ratio) and once for the first size. All of it is a plain loop
+Python floats, and the device is waited for once an attempt (the ratio) and twice for the first size. All of it is a plain loop
 under autograd, in which step sizes are constants and rejected attempts are dropped; so the gradient is that of the accepted
 steps, whatever autograd is asked for.
 """
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -24,6 +25,8 @@ from continuum.solvers.packed import components
 from continuum.solvers.pairs import Pair
 from continuum.solvers.recompute import Recomputation, refusing_draws
 from continuum.types import State, Time
+
+NOTHING = nullcontext()
 
 
 @dataclass
@@ -55,13 +58,13 @@ class Stepper:
         control: tolerances, limits and norm.
         field: what is solved.
         times: strictly monotone depths; the states at all but the first are wanted.
-        title: the solver as its errors name it.
+        title: the solver, as errors name it.
         exact: whether steps end at all times, not only at the last.
         every: how many accepted steps are recomputed together in the backward pass; 0 stores them.
     """
 
     def __init__(
-        self, pair: Pair, control: StepControl, field: Field, times: Sequence[float], title: str, exact: bool, every: int
+        self, pair: Pair, control: StepControl, field: Field, times: Sequence[float], title: object, exact: bool, every: int
     ) -> None:
         self.pair, self.control, self.field, self.title, self.every = pair, control, field, title, every
         self.times = times
@@ -145,8 +148,9 @@ class Stepper:
         def depth(c: float) -> float:
             return min(max(end if c == 1 else t + c * (end - t), low), high)
 
-        depths, inner = [depth(c) for c in self.stages], [depth(c) for c, _ in self.inner or ()]
-        shares = self._shares(t, end, span.wanted)
+        depths = [depth(c) for c in self.stages]
+        shares = self._shares(t, end, span.wanted) if span.wanted else []
+        inner = [depth(c) for c, _ in self.inner or ()] if shares else []
         final = span.last and hits and not shares
         return Attempt(span.piece, t, self.way * size, end, depths, depth(1), inner, shares, final), h
 
@@ -213,8 +217,10 @@ class Stepper:
         """f(t, x) in the type of x; the second evaluation of a piece shows whether the field draws at each."""
         if self.under_way:
             self._count(t)
-        with refusing_draws(self.watched == 2 and self.field.training, x.device, self.title):
-            slope = checked(piece(t, x), x).to(x.dtype)
+        with refusing_draws(x.device, self.title) if self.watched == 2 and self.field.training else NOTHING:
+            slope = checked(piece(t, x), x)
+        if slope.dtype != x.dtype:
+            slope = slope.to(x.dtype)
         if self.recompute and self.under_way:
             self.recompute.forget()
         return slope
