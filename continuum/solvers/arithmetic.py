@@ -21,11 +21,11 @@ class Sums:
     """The sums x + h sum_i w_ji k_i of a step, one for each row j of weights.
 
     A term is added as soon as its slope is known. The backward pass goes the other way: it makes the gradient of a slope when
-    it is needed, and does not hold those of all slopes at once. `slopes` holds all of them, or the last one alone.
+    it is needed, and does not hold those of all slopes at once. `slopes` holds those from number `kept` on.
     """
 
-    def __init__(self, x: State, h: float, rows: Sequence[Sequence[float]], keep: bool = True) -> None:
-        self.x, self.h, self.rows, self.keep = x, h, rows, keep
+    def __init__(self, x: State, h: float, rows: Sequence[Sequence[float]], kept: int = 0) -> None:
+        self.x, self.h, self.rows, self.kept = x, h, rows, kept
         self.totals = [x] * len(rows)
         self.slopes: list[State] = []
         self.count = 0
@@ -35,9 +35,8 @@ class Sums:
     def add(self, slope: State) -> None:
         """The next slope, k_i."""
         i, self.count = self.count, self.count + 1
-        if not self.keep:
-            self.slopes.clear()
-        self.slopes.append(slope)
+        if i >= self.kept:
+            self.slopes.append(slope)
         totals, x, h = self.totals, self.x, self.h
         for j, row in enumerate(self.rows):
             if i < len(row) and row[i]:

@@ -156,7 +156,8 @@ class Stepper:
 
     def stages_of(self, attempt: Attempt, x: State, slope: State, keep: bool) -> tuple[State, list[State]]:
         """The new state, and the slopes of all stages, or the last one alone."""
-        sums, end, last = self.sums(x, attempt.h, self.rows, keep), x, len(self.stages) - 1
+        last = len(self.stages) - 1
+        sums, end = self.sums(x, attempt.h, self.rows, 0 if keep else last + 1), x
         sums.add(slope)
         for stage, depth in enumerate(attempt.depths):
             end = sums.total(stage)
