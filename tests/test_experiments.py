@@ -73,6 +73,7 @@ def test_the_tables_of_the_comparisons_are_those_of_the_results():
         ("gpu.__main__", "tables", "h100"),
         ("benchmarks.noise", "report", "noise_cost"),
         ("benchmarks.reversible", "report", "reversible"),
+        ("benchmarks.small", "report", "small"),
     ],
 )
 def test_the_tables_of_the_measurements_are_those_of_the_results(name, report, results):
