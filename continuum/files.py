@@ -1,9 +1,11 @@
-"""Files that appear whole or not at all: written beside their place, then renamed."""
+"""Files that appear whole or not at all: written beside their place, to the disk, then renamed."""
 
 import csv
 import json
 import math
 import os
+import platform
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,11 +24,38 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
+    clear(target.parent)
     # A folder of its own, so that the file inside gets the permissions of any new file.
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{_mark()}{os.getpid()}-") as folder:
         temporary = Path(folder) / target.name
         yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, target)
+
+
+def clear(folder: Path) -> None:
+    """Remove from `folder` what processes of this machine were writing there when they were killed."""
+    for left in folder.glob(f"{_mark()}*-*"):
+        number = left.name.removeprefix(_mark()).partition("-")[0]
+        if number.isdecimal() and not _alive(int(number)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _mark() -> str:
+    return f".continuum-{platform.node()}-"
+
+
+def _alive(process: int) -> bool:
+    if os.name != "posix":  # where a signal of zero is none
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 def write_text(text: str, path: str | os.PathLike[str]) -> None:

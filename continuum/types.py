@@ -1,8 +1,9 @@
-"""The shapes of the library: a depth t and a batch of states x, as in dx/dt = f(t, x)."""
+"""The types of the library: a depth t and a batch of states x, as in dx/dt = f(t, x)."""
 
+import threading
 from typing import Annotated, TypeAlias, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 Time: TypeAlias = float | Annotated[Tensor, "0-dim"]
 """A depth, counted in layers: a Python float, or the 0-dim tensor that torchdiffeq passes."""
@@ -18,3 +19,9 @@ StateOrStates = TypeVar("StateOrStates", State, tuple[State, ...])
 
 Images: TypeAlias = Annotated[Tensor, "batch channels height width"]
 Logits: TypeAlias = Annotated[Tensor, "batch classes"]
+
+BatchNorm: TypeAlias = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
+"""What normalises by the statistics of the batch, and keeps running ones."""
+
+REPLACING = threading.RLock()
+"""Held while tensors of a module are replaced for a moment, so that no other thread evaluates with the replacements."""

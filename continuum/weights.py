@@ -16,12 +16,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from continuum.bases import Basis, Box, Terms, projection
 from continuum.fields import Field
 from continuum.fields.base import as_part, in_mode_of
-from continuum.types import State, Time
+from continuum.types import REPLACING, BatchNorm, State, Time
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 """The buffers of BatchNorm that vary with depth where its weights do."""
@@ -66,7 +65,7 @@ class Expansion(Field):
         self.norms = tuple(
             name
             for name, module in self.field.named_modules()
-            if isinstance(module, _BatchNorm) and module.running_mean is not None
+            if isinstance(module, BatchNorm) and module.running_mean is not None
         )
         self._set_basis(basis)
         if one:
@@ -78,7 +77,7 @@ class Expansion(Field):
 
     def _set_basis(self, basis: Basis) -> None:
         for name in self.norms:
-            norm = cast(_BatchNorm, self.field.get_submodule(name))
+            norm = cast(BatchNorm, self.field.get_submodule(name))
             if not basis.nodal:
                 raise TypeError(
                     f"{name} is a {type(norm).__name__}: its running statistics cannot be expanded in {type(basis).__name__}, "
@@ -90,11 +89,17 @@ class Expansion(Field):
         self.knots, self.extent = basis.knots, basis.depth
 
     def forward(self, t: Time, x: State) -> State:
+        if torch.compiler.is_compiling():
+            return self._forward(t, x)
+        with REPLACING:
+            return self._forward(t, x)
+
+    def _forward(self, t: Time, x: State) -> State:
         terms = self.basis(float(t.detach() if isinstance(t, Tensor) else t))
         tensors = {name: combined(parameter, terms) for name, parameter in self.field.named_parameters()}
-        training: list[tuple[_BatchNorm, list[Tensor]]] = []
+        training: list[tuple[BatchNorm, list[Tensor]]] = []
         for name in self.norms:
-            norm = cast(_BatchNorm, self.field.get_submodule(name))
+            norm = cast(BatchNorm, self.field.get_submodule(name))
             stacked = [cast(Tensor, getattr(norm, attribute)) for attribute in STATISTICS]
             if norm.training:
                 # While it trains, BatchNorm does not read its statistics: from zeros it leaves momentum times what it saw.
@@ -194,7 +199,7 @@ def combined(stacked: Tensor, terms: Terms) -> Tensor:
 
 
 @torch.no_grad()
-def _update(norm: _BatchNorm, seen: Sequence[Tensor], terms: Terms) -> None:
+def _update(norm: BatchNorm, seen: Sequence[Tensor], terms: Terms) -> None:
     """running_k <- (1 - m phi_k) running_k + phi_k seen, where seen is m times the statistics of the batch.
 
     m is the share that all calls since `seen` was zero have had: one call, as a rule, but a field may call a norm twice or

@@ -1,6 +1,8 @@
 """Imports point one way, and each third party has one door. Imports inside functions count too."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -111,3 +113,37 @@ def test_the_check_sees_every_kind_of_import():
         "continuum",
     ]
     assert against_the_order("types", ["continuum.files.whole_file"]) == ["continuum.files.whole_file"]
+
+
+def test_nothing_that_another_library_keeps_to_itself_is_needed_to_import_this_one():
+    """A name that moves there is an error of the one solver that uses it."""
+    loaded = subprocess.run(
+        [sys.executable, "-c", "import sys, continuum; print(*[name for name in sys.modules if name.startswith('continuum')])"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    files = [path for path in FILES if module_name(path) in loaded]
+    assert ROOT / "solvers" / "adaptive.py" in files
+    for path in files:
+        body = ast.parse(path.read_text()).body  # not inside functions
+        statements = ast.Module([node for node in body if isinstance(node, ast.Import | ast.ImportFrom)], [])
+        for name in imports(ast.unparse(statements)):
+            private = any(part.startswith("_") for part in name.split("."))
+            assert not (private and name.startswith(("torch", "pytorch"))), f"{path} imports {name}"
+
+
+def module_name(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(("continuum", *(parts[:-1] if parts[-1] == "__init__" else parts)))
+
+
+def test_a_name_that_has_moved_in_torchsde_is_an_error_of_brownian_solves():
+    code = (
+        "import sys; sys.modules['torchsde._core.methods'] = None\n"
+        "import torch; from continuum import Flow, MLP; from continuum.noise import StochasticDepth\n"
+        "Flow(MLP(2, 4), 'rk4:h=0.5', 1)(torch.zeros(1, 2))\n"
+        "Flow(StochasticDepth(MLP(2, 4), 0.5), 'brownian:method=euler', 1)(torch.zeros(1, 2))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "ImportError: Brownian solves take torchsde's own steps, known to work with 0.2.6" in ended.stderr

@@ -15,8 +15,10 @@ from torch.nn.functional import cross_entropy
 from continuum import files
 from continuum.analysis.memory import peak_memory
 from continuum.models import Network
+from continuum.models.failure import not_finite
 from continuum.noise import noise_only
 from continuum.solvers import SolveError, Solver
+from continuum.solvers.base import rows_not_finite
 
 
 @dataclass
@@ -162,7 +164,9 @@ def _run(network: Network, batches: Sequence[tuple[Tensor, Tensor]], device: tor
     samples = sum(size for size, _ in costs)
     row.evaluations, row.accepted, row.rejected = (sum(size * counts[i] for size, counts in costs) / samples for i in range(3))
     row.milliseconds = statistics.median(times)
-    return torch.cat(logits)
+    if broken := rows_not_finite(found := torch.cat(logits)):
+        raise not_finite(f"the logits of {len(broken)} of {len(found)} images are")
+    return found
 
 
 def write_csv(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:

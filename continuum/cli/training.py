@@ -18,7 +18,7 @@ from pytorch_lightning.trainer.states import TrainerFn
 
 from continuum.cli.parser import LIGHTNING, Parser
 from continuum.models.checkpoint import KEY, CheckpointError, read
-from continuum.training import Classifier, Digits, ImageData, LogCost, WritePredictions
+from continuum.training import Classifier, Digits, EndOnSignal, ImageData, LogCost, WritePredictions
 from continuum.training.images import DataError
 from continuum.zoo import BUILDERS
 
@@ -95,7 +95,7 @@ def _ours(flags: Mapping[str, Any], given: Sequence[Callback]) -> list[Callback]
         ours += [ModelCheckpoint(filename="best", monitor="val/accuracy", mode="max", **shared)]
     if flags.get("enable_progress_bar") is not False and not flags.get("barebones") and not _any(ProgressBar, given):
         ours += [RichProgressBar()]
-    return ours + [kind() for kind in (LogCost, WritePredictions) if not _any(kind, given)]
+    return ours + [kind() for kind in (LogCost, WritePredictions, EndOnSignal) if not _any(kind, given)]
 
 
 def _any(kind: type[Callback], callbacks: Sequence[Callback]) -> bool:

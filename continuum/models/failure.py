@@ -32,6 +32,11 @@ def find_failure(network: Network, images: Images) -> SolveError:
         return _error("all logits are finite, but the loss is not")
 
 
+def not_finite(what: str) -> SolveError:
+    """The error of a network whose `what` came out as no numbers."""
+    return _error(f"{what} not finite")
+
+
 def _end_looking(flow: Flow, x: State, previous: State | None) -> State:
     """The end state of a flow, looking at the state after each of its fixed steps."""
     scheme, steps = scheme_of(flow.solver), flow.solver.steps(0.0, flow.depth)

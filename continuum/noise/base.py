@@ -236,6 +236,11 @@ def noise_of(layer: Field) -> StochasticField | None:
     return inner if isinstance(inner, StochasticField) else None
 
 
+def noises(field: Field) -> list[StochasticField]:
+    """The stochastic fields among the layers."""
+    return [noisy for layer in field.pieces() if (noisy := noise_of(layer)) is not None]
+
+
 def without_noise(field: Field) -> Field:
     """The field whose layers have lost their noise: the same weights, open to deterministic schemes."""
     return field.mapped(lambda layer: layer.drift())

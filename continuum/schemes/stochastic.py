@@ -7,7 +7,6 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from continuum.fields import Field
 from continuum.fields.base import checked
@@ -16,7 +15,7 @@ from continuum.noise.base import Coefficients, noise_of, stochastic_fields, term
 from continuum.schemes.base import Memory, Scheme, combine, inside
 from continuum.schemes.multistep import LinearTwoStep, one_step_before
 from continuum.schemes.runge_kutta import Euler
-from continuum.types import State
+from continuum.types import BatchNorm, State
 
 Increments = Literal["own", "brownian"]
 
@@ -281,7 +280,7 @@ def check_path_gradient(field: StochasticField, x: State) -> None:
 def check_batch_statistics(field: StochasticField, method: str) -> None:
     """Raise TypeError for BatchNorm in training mode, where `method` needs a third derivative."""
     for name, module in field.named_modules():
-        if isinstance(module, _BatchNorm) and module.training and any(p.requires_grad for p in field.parameters()):
+        if isinstance(module, BatchNorm) and module.training and any(p.requires_grad for p in field.parameters()):
             raise TypeError(
                 f"{method} differentiates three times, and torch has two derivatives of batch statistics: {name} is a "
                 f"{type(module).__name__} in training mode. Take GroupNorm, or Euler-Maruyama's method with the direct gradient"

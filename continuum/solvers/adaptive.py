@@ -10,14 +10,12 @@ from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args
 
 import torch
-from torchdiffeq._impl.odeint import SOLVERS
 
 from continuum.fields import Field
 from continuum.solvers.base import Solution, Solver, needs_grad, option_text, refuse_noise, restored_on_error, unmoved
 from continuum.solvers.control import Norm, StepControl
 from continuum.solvers.fixed import FixedStep, check_every
-from continuum.solvers.library import solve_by_library
-from continuum.solvers.pairs import METHODS, PAIRS, Embedded, pair_of
+from continuum.solvers.pairs import FIXED, METHODS, PAIRS, Embedded, pair_of
 from continuum.solvers.stepping import Stepper
 from continuum.types import State
 
@@ -83,7 +81,7 @@ class Adaptive(Solver):
     every: int = 1
 
     def __post_init__(self) -> None:
-        if self.method in SOLVERS and self.method not in METHODS:
+        if self.method in FIXED:
             raise ValueError(
                 f"{self.method!r} is a fixed-grid method: use FixedStep with a scheme, for example FixedStep(RK4(), h=1)"
             )
@@ -157,6 +155,8 @@ class Adaptive(Solver):
         self._warn_of_rounding(x)
         with restored_on_error(field):
             if self.chosen_engine == "torchdiffeq":
+                from continuum.solvers.library import solve_by_library  # torchdiffeq is loaded where it is used
+
                 return solve_by_library(self, field, x, times)
             every = self.every if self.gradient == "checkpoint" and differentiated else 0
             stepper = Stepper(pair_of(self.method), self.control, field, times, self, exact, every)

@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from continuum.fields import Field
 from continuum.noise.base import stochastic_fields
-from continuum.types import State
+from continuum.types import REPLACING, State
 
 
 @dataclass(frozen=True)
@@ -288,7 +288,13 @@ def statistics_untouched(module: nn.Module) -> Iterator[None]:
     """Let `module` compute with batch statistics while its running ones stay as they are, for recomputations.
 
     The buffers are replaced by copies for the time of the block, so that nothing saved for a backward pass is written to.
+    One thread does so at a time, and each puts back what it found.
     """
+    with REPLACING:
+        yield from _with_copies(module)
+
+
+def _with_copies(module: nn.Module) -> Iterator[None]:
     owners = [(child, name, buffer) for child in module.modules() for name, buffer in child.named_buffers(recurse=False)]
     for child, name, buffer in owners:
         setattr(child, name, buffer.clone())

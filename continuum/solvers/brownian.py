@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from continuum.fields import Field
-from continuum.noise.base import has_noise, stochastic_fields, without_noise
+from continuum.noise.base import has_noise, noises, stochastic_fields, without_noise
 from continuum.schemes import Euler, EulerMaruyama, Heun
 from continuum.schemes.base import inside, knot_at
 from continuum.schemes.stochastic import check_batch_statistics, check_path_gradient
 from continuum.solvers.adaptive import Adaptive
 from continuum.solvers.base import Cost, Solution, Solver, Step, cut_at_knots, needs_grad, option_text, restored_on_error
 from continuum.solvers.fixed import FixedStep
-from continuum.solvers.ito import Adjoint, Closed, Rule, Solve, noises
 from continuum.types import State
 
 Gradient = Literal["direct", "adjoint"]
@@ -39,7 +38,8 @@ class Brownian(Solver):
     | "srk"      | 3/2          | 6                          |
 
     Steps are those of `FixedStep`, 1/m or an integer of layers. With `rtol` and `atol` they are chosen so that a step and its
-    two halves agree, and h is the first. The path comes from torch's global CPU generator: one seed, one path.
+    two halves agree, h is the first, and `max_evaluations` is the budget of a solve. The path comes from torch's global CPU
+    generator: one seed, one path.
 
     `gradient="direct"` is the exact gradient of the steps taken. "adjoint" solves the adjoint equation backwards on the same
     path (arXiv 2001.01328): memory independent of the steps, and a gradient that is only as exact as they are small.
@@ -61,13 +61,15 @@ class Brownian(Solver):
         TypeError: a field without noise or with noise inside other fields, layers whose noise differs in kind, noise on entries
             that see each other (`Dropout`), except by "euler" with the direct gradient; on solving, where a gradient is wanted,
             shake-shake's backward modes other than "keep", and BatchNorm in training mode by "milstein" or the adjoint.
-        SolveError: on solving, a drift, diffusion or state that is not finite, or an adaptive step below 1e-5 layers.
+        SolveError: on solving, a drift, diffusion or state that is not finite, an adaptive step below 1e-5 layers, or
+            `max_evaluations` spent by adaptive steps.
     """
 
     method: str = "euler"
     h: float = 1
     rtol: float | None = field(default=None, kw_only=True)
     atol: float | None = field(default=None, kw_only=True)
+    max_evaluations: int = field(default=10_000, kw_only=True)
     gradient: Gradient = field(default="direct", kw_only=True)
 
     def __post_init__(self) -> None:
@@ -77,6 +79,8 @@ class Brownian(Solver):
         if self.gradient not in get_args(Gradient):
             raise ValueError(f"gradient is one of {', '.join(get_args(Gradient))}, not {self.gradient!r}")
         self._fixed()  # which knows what a step may be
+        if self.max_evaluations < 1:
+            raise ValueError(f"max_evaluations is at least 1, not {self.max_evaluations}")
         if self.rtol is None and self.atol is None:
             return
         if self.rtol is None or self.atol is None:
@@ -91,6 +95,8 @@ class Brownian(Solver):
 
     def __str__(self) -> str:
         options: dict[str, object] = {"method": self.method, "h": self.h, "rtol": self.rtol, "atol": self.atol}
+        if self.max_evaluations != 10_000:
+            options["max_evaluations"] = self.max_evaluations
         if self.gradient != "direct":
             options["gradient"] = self.gradient
         return "brownian:" + ",".join(f"{name}={option_text(value)}" for name, value in options.items() if value is not None)
@@ -154,9 +160,16 @@ class Brownian(Solver):
         differentiated = adjoint or needs_grad(field, x) or (torch.is_grad_enabled() and self.method != "milstein")
         if differentiated:
             self._check_gradient(field, x)
+        try:
+            from continuum.solvers.ito import Adjoint, Closed, Rule, Solve  # torchsde is loaded where it is used
+        except ImportError as error:
+            raise ImportError(
+                f"Brownian solves take torchsde's own steps, known to work with 0.2.6; the one installed lacks them: {error}"
+            ) from error
         with restored_on_error(field), torch.set_grad_enabled(differentiated):
             closed = Closed(field) if adjoint else None
-            solve = Solve(Rule(self.method, self.h, self.rtol, self.atol), field, x, start, stop, closed)
+            rule = Rule(self.method, self.h, self.rtol, self.atol, self.max_evaluations)
+            solve = Solve(rule, field, x, start, stop, closed)
             y, states = solve.y, [x]
             for leg in legs:
                 for points in leg:

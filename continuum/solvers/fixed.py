@@ -30,6 +30,9 @@ from continuum.types import State
 
 Gradient = Literal["direct", "reversible", "checkpoint"]
 
+MOST_STEPS = 1_000_000
+"""As many would take minutes and gigabytes for the smallest field: a mistake in h, as a rule."""
+
 
 @dataclass(frozen=True)
 class FixedStep(Solver):
@@ -146,6 +149,12 @@ class FixedStep(Solver):
             raise ValueError(
                 f"h = {size} does not divide the way from depth {start} to {stop}: take h = 1/m with an integer m, or an "
                 "integer that divides both"
+            )
+        count = abs(round(last) - round(first))
+        if count > MOST_STEPS:
+            raise ValueError(
+                f"h = {size:g} takes {count:,} steps from depth {start:g} to {stop:g}, and no solve takes more than "
+                f"{MOST_STEPS:,}: take a larger h, or an adaptive solver"
             )
         direction = 1 if last > first else -1
         points = range(round(first), round(last), direction)

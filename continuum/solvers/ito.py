@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from torchsde._core.methods import select
 from continuum.fields import Field
 from continuum.fields.base import checked
 from continuum.noise import StochasticField
-from continuum.noise.base import noise_of, terms
+from continuum.noise.base import noise_of, noises, terms
 from continuum.schemes.base import inside
 from continuum.schemes.stochastic import self_derivative
 from continuum.solvers.base import (
@@ -48,6 +49,7 @@ class Rule:
     h: float
     rtol: float | None
     atol: float | None
+    max_evaluations: int = 10_000
 
     @property
     def adaptive(self) -> bool:
@@ -65,11 +67,6 @@ class Rule:
             dt_min=0.0,
             options={},
         )
-
-
-def noises(field: Field) -> list[StochasticField]:
-    """The stochastic fields among the layers."""
-    return [noisy for layer in field.pieces() if (noisy := noise_of(layer)) is not None]
 
 
 def _rows(noisy: StochasticField, x: State) -> int:
@@ -93,16 +90,17 @@ class Equation(BaseSDE):
     all, or what else the field draws a number for. torchsde calls the noise "scalar" or "diagonal".
     """
 
-    def __init__(self, field: Field, x: State, milstein: bool, closed: "Closed | None") -> None:
+    def __init__(self, field: Field, x: State, rule: Rule, closed: "Closed | None") -> None:
         noisy = noises(field)[0]
         super().__init__(noise_type=noisy.noise, sde_type="ito")
         self.field = field
         self.shape = x.shape
         self.rows = len(x) if noisy.noise == "diagonal" else _rows(noisy, x)
-        self.milstein = milstein
+        self.milstein = rule.method == "milstein"
+        self.budget = rule.max_evaluations if rule.adaptive else math.inf  # fixed steps are as many as was asked for
         self.closed = closed
         self.backward = False  # whether the adjoint equation is solved now: that is not counted, and derives b itself
-        self.evaluations = 0
+        self.evaluations = self.backward_evaluations = 0
         self.known: list[tuple[float, Tensor, Values]] = []
         self.seen: list[Values] = []  # since the step began
 
@@ -118,15 +116,26 @@ class Equation(BaseSDE):
         """a, b and, for Milstein's method, (b . grad) b."""
         depth = float(t)
         if self.backward:
+            self.backward_evaluations += 1
+            self._check_budget(self.backward_evaluations, depth)
             return self._evaluate(depth, y)
         for at, state, values in self.known:
             if at == depth and state is y:
                 return values
-        values = self._evaluate(depth, y)
         self.evaluations += 1
+        self._check_budget(self.evaluations, depth)
+        values = self._evaluate(depth, y)
         self.known.append((depth, y, values))
         self.seen.append(values)
         return values
+
+    def _check_budget(self, spent: int, depth: float) -> None:
+        if spent > self.budget:
+            where = " in the adjoint's backward solve" if self.backward else ""
+            step = abs(self.last - self.first)
+            raise SolveError(
+                f"the evaluation budget is spent{where}", depth=depth, step=step, evaluations=spent - 1, advice=LOOSER
+            )
 
     def _evaluate(self, depth: float, y: Tensor) -> Values:
         if self.closed is None:
@@ -218,7 +227,7 @@ class Solve:
         self.rule = rule
         self.field = field
         self.closed = closed
-        self.equation = Equation(field, x, rule.method == "milstein", closed)
+        self.equation = Equation(field, x, rule, closed)
         self.y = x.reshape(self.equation.rows, -1)
         self.path = BrownianInterval(
             t0=start,
@@ -233,7 +242,9 @@ class Solve:
         )
         self.method = rule.on(self.equation, self.path)
         self.take = self.method.step
-        self.method.step = self.step  # which torchsde's adaptive loop calls too
+        # torchsde's adaptive loop calls it too. A strong reference would keep every path until the next garbage collection.
+        step = WeakMethod(self.step)
+        self.method.step = lambda *state: cast(Any, step())(*state)
         self.grid: list[float] = []
         self.end = self.stop = stop
         self.calls = 0

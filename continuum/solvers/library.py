@@ -13,7 +13,6 @@ import torch
 import torchdiffeq
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
-from torchdiffeq._impl.odeint import SOLVERS
 
 from continuum.fields import Field
 from continuum.fields.base import checked
@@ -30,6 +29,7 @@ from continuum.solvers.base import (
     rows_not_finite,
     statistics_untouched,
 )
+from continuum.solvers.coefficients import COEFFICIENTS
 from continuum.solvers.packed import components
 from continuum.solvers.pairs import PAIRS
 from continuum.solvers.recompute import Precision, holding, refusing_draws, slots_of
@@ -86,7 +86,10 @@ class LibrarySolve:
             )
             self.attempts += 1
             self.grid.append(stop)
-            return cast(Tensor, states)[-1]
+            end = cast(Tensor, states)[-1]
+            if not torch.isfinite(end).all():  # of which SciPy does not speak
+                raise equation.error("the state is not finite", stop, 0.0, end)
+            return end
         if self.step is None:
             self.step = equation.first_step(x, start, stop)
         states = self._integrate(equation, x, times)
@@ -211,7 +214,7 @@ class _Equation:
                 lambda state: components(solve.field, state),
                 x,
                 slope,
-                SOLVERS[solver.method].order,
+                COEFFICIENTS[solver.method].order,
                 (start, stop),
             )
         self.known = x, slope
@@ -230,6 +233,14 @@ class _Equation:
             raise self.error(reason, t, step, x)
         solve.attempts += 1
         solve.step = step
+
+    def callback_step_adjoint(self, t: Tensor, x: State | tuple[State, ...], h: Tensor) -> None:
+        """Look at the state of the backward pass before each of its steps: torchdiffeq would raise an AssertionError."""
+        parts, step = (x if isinstance(x, tuple) else (x,)), float(h)
+        if not all(bool(torch.isfinite(part).all()) for part in parts):
+            raise self.error("a gradient is not finite in the adjoint's backward solve", t, abs(step))
+        if not float(t) + step != float(t):
+            raise self.error("the step size underflows in the adjoint's backward solve", t, abs(step))
 
     def callback_accept_step(self, t: Tensor, x: State, h: Tensor) -> None:
         end = float(t) + (float(h) if self.last > self.first else -float(h))

@@ -5,8 +5,7 @@ Between the ends of a step the state is read off its dense output, a polynomial 
     x(s) = x + h sum_i w_i(s) k_i,    w_i(s) = sum_p d_pi s^p,
 
 Hermite's cubic for pairs of order 3 and less. Those of order 5 have a quartic through their own midpoint, whose error is up to
-twelve times that of the step; two stages more on this quartic make it a quintic with the error of the step. The coefficients
-are those of the installed torchdiffeq, read when they are needed.
+twelve times that of the step; two stages more on this quartic make it a quintic with the error of the step.
 """
 
 from dataclasses import dataclass
@@ -14,17 +13,16 @@ from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor, nn
-from torchdiffeq._impl.odeint import SOLVERS
-from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver
-from torchdiffeq._impl.scipy_wrapper import ScipyWrapperODESolver
 
 from continuum.schemes import RungeKutta, Tableau
+from continuum.solvers.coefficients import COEFFICIENTS, Row
 
-PAIRS = tuple(name for name, solver in SOLVERS.items() if issubclass(solver, RKAdaptiveStepsizeODESolver))
-METHODS = PAIRS + tuple(name for name, solver in SOLVERS.items() if issubclass(solver, ScipyWrapperODESolver))
-"""The adaptive methods of the installed torchdiffeq."""
+PAIRS = tuple(COEFFICIENTS)
+METHODS = (*PAIRS, "scipy_solver")
+"""torchdiffeq's adaptive methods."""
 
-Row = tuple[float, ...]
+FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams", "fixed_adams")
+"""torchdiffeq's others."""
 
 INNER = (0.35, 0.65)
 """Where the quintic has its two slopes."""
@@ -110,16 +108,7 @@ def _row(weights: Tensor) -> Row:
 
 @lru_cache
 def pair_of(method: str) -> Pair:
-    solver = SOLVERS[method]
-    tableau = solver.tableau
-    return Pair(
-        c=(0.0, *tableau.alpha.tolist()),
-        a=((), *(tuple(row.tolist()) for row in tableau.beta)),
-        b=tuple(tableau.c_sol.tolist()),
-        e=tuple(tableau.c_error.tolist()),
-        middle=tuple(solver.mid.tolist()),
-        order=solver.order,
-    )
+    return Pair(**COEFFICIENTS[method]._asdict())
 
 
 @lru_cache

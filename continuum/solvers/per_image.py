@@ -10,7 +10,6 @@ from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from continuum.fields import Field
 from continuum.fields.base import checked
@@ -29,7 +28,7 @@ from continuum.solvers.base import (
 from continuum.solvers.control import StepControl
 from continuum.solvers.packed import Packed
 from continuum.solvers.recompute import Precision
-from continuum.types import State, Time
+from continuum.types import BatchNorm, State, Time
 
 METHODS: dict[str, str] = {"dopri5": "Dopri5", "tsit5": "Tsit5", "adaptive_heun": "Heun"}
 """torchode's names of the methods by ours."""
@@ -133,7 +132,7 @@ def check_per_image(field: Field) -> None:
             f"{field.knots}: {ONE_FOR_ALL}"
         )
     for name, module in field.named_modules():
-        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+        if isinstance(module, BatchNorm) and (module.training or module.running_mean is None):
             raise TypeError(
                 f"{name} is a {type(module).__name__} that takes the statistics of the batch, so the images are one equation "
                 f"and cannot have steps of their own: put it in eval() mode, take nn.GroupNorm, or {ONE_FOR_ALL}"

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from continuum.fields import Field
 from continuum.schemes import Memory, ReversibleScheme
@@ -29,7 +28,7 @@ from continuum.solvers.recompute import (
     slots_of,
     unless_unused,
 )
-from continuum.types import State
+from continuum.types import BatchNorm, State
 
 Step = tuple[float, float]
 
@@ -61,7 +60,7 @@ class _Run:
         buffers = [
             (b, b._version)
             for m in self.field.modules()
-            if not isinstance(m, _BatchNorm)
+            if not isinstance(m, BatchNorm)
             for b in m._buffers.values()
             if b is not None
         ]

@@ -4,6 +4,7 @@ from continuum.training.adaptation import AdaptStep, KeepFriction, LogSmoothness
 from continuum.training.callbacks import LogCost, Refine
 from continuum.training.classifier import Classifier
 from continuum.training.data import CIFAR10, CIFAR100, MNIST, Digits, FashionMNIST, ImageData, ImageFolder
+from continuum.training.endings import EndOnSignal, WholeFiles
 from continuum.training.predictions import WritePredictions
 from continuum.training.regularisers import DepthSmoothness, Transport
 from continuum.training.schedules import OneCycle, Schedule, Steps
@@ -16,6 +17,7 @@ __all__ = [
     "Classifier",
     "DepthSmoothness",
     "Digits",
+    "EndOnSignal",
     "FashionMNIST",
     "ImageData",
     "ImageFolder",
@@ -27,5 +29,6 @@ __all__ = [
     "Schedule",
     "Steps",
     "Transport",
+    "WholeFiles",
     "WritePredictions",
 ]

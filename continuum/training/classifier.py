@@ -1,25 +1,29 @@
 """Classification of images by any network: cross-entropy, SGD with Nesterov momentum, a learning-rate schedule."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim import SGD
+from torch.nn.utils import get_total_norm
+from torch.optim import SGD, Optimizer
 from torchmetrics.classification import MulticlassAccuracy
 
 from continuum.fields import Field
 from continuum.models import Network
 from continuum.models.checkpoint import KEY, CheckpointError, description, replay, solve_as
-from continuum.models.failure import find_failure
+from continuum.models.failure import find_failure, not_finite
 from continuum.noise.base import drops_branches, stochastic_fields
 from continuum.solvers import SolveError
 from continuum.training.callbacks import averaging
 from continuum.training.data import ImageData
+from continuum.training.endings import WholeFiles
 from continuum.training.fitting import check_fit
 from continuum.training.images import keyed_generator, keyed_seed
 from continuum.training.regularisers import DepthSmoothness, Transport, check_random_ends, random_ends
@@ -113,25 +117,29 @@ class Classifier(pl.LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, ImageData):
             check_fit(self.network, data)
+        strategy = self.trainer.strategy
+        if type(strategy.checkpoint_io) is TorchCheckpointIO:
+            strategy.checkpoint_io = WholeFiles()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels = batch
-        buffers = [(buffer, buffer.clone()) for buffer in self.network.buffers()]
+        self.buffers_before = [(buffer, buffer.clone()) for buffer in self.network.buffers()]
         loss, penalty, failure = None, None, None
         try:
             with self._noise_of_step(batch_idx):
                 logits, penalty = self._penalised(images)
             loss = self.loss(logits, labels)
-            # The one look at the device a step: fixed steps check nothing themselves.
-            if not torch.isfinite(loss if penalty is None else loss + penalty):
+            # One look at the device: fixed steps check nothing themselves, and statistics grow before a loss does.
+            statistics = _largest([buffer for buffer in self.network.buffers() if buffer.is_floating_point()])
+            if not torch.isfinite((loss if penalty is None else loss + penalty) + 0 * statistics):
                 with self._noise_of_step(batch_idx):
                     failure = find_failure(self.network, images)
+                if torch.isfinite(loss) and (name := _broken(self.network.named_buffers())):
+                    failure = not_finite(f"the statistics {name} are")
         except SolveError as error:
             failure = error
         if not self._all_ranks_solved(failure is None):
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
+            self._restore_buffers()
             raise failure or SolveError(
                 "a solve failed on another rank", depth=0.0, step=0.0, evaluations=0, advice="See that rank's message"
             )
@@ -140,6 +148,25 @@ class Classifier(pl.LightningModule):
         self.train_accuracy(logits.detach(), labels)
         self.log("train/accuracy", self.train_accuracy, on_step=False, on_epoch=True, prog_bar=True)
         return loss if penalty is None else loss + penalty
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Look at the gradients, which overflow before the loss does; a gradient scaler, where there is one, looks itself.
+
+        Raises:
+            SolveError: one is not finite; the weights are those from before the step, and so are BatchNorm's buffers.
+        """
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            return
+        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+        if not torch.isfinite(_largest(gradients)):  # equal on all ranks, which have added them up
+            self._restore_buffers()
+            name = _broken((name, p.grad) for name, p in self.network.named_parameters())
+            raise not_finite(f"the gradient of {name} is")
+
+    def _restore_buffers(self) -> None:
+        with torch.no_grad():
+            for buffer, value in self.buffers_before:
+                buffer.copy_(value)
 
     def _penalised(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """The logits, and the sum of the penalties if there are any."""
@@ -200,6 +227,36 @@ class Classifier(pl.LightningModule):
     def _all_ranks_solved(self, here: bool) -> bool:
         return here if self.trainer.world_size == 1 else self.trainer.strategy.reduce_boolean_decision(here, all=True)
 
+    def on_validation_epoch_start(self) -> None:
+        self.broken, self.seen = torch.zeros((), dtype=torch.int64, device=self.device), 0
+
+    on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
+
+    def on_validation_epoch_end(self) -> None:
+        """Say of how many images the logits are not finite."""
+        if found := self._broken_images():
+            rank_zero_warn(f"validation: {found} not finite, and so is the loss")
+
+    def on_test_epoch_end(self) -> None:
+        """Look at the logits of all images.
+
+        Raises:
+            SolveError: some are not finite.
+        """
+        if found := self._broken_images():
+            raise not_finite(found)
+
+    on_predict_epoch_end = on_test_epoch_end
+
+    def _broken_images(self) -> str | None:
+        reduce = self.trainer.strategy.reduce
+        count, seen = (int(reduce(n, reduce_op="sum")) for n in (self.broken, torch.tensor(self.seen, device=self.device)))
+        return f"the logits of {count} of {seen} images are" if count else None
+
+    def _look(self, logits: Tensor) -> None:
+        self.broken += (~torch.isfinite(logits).flatten(1).all(dim=1)).sum()
+        self.seen += len(logits)
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate("val", self.val_accuracy, batch)
 
@@ -209,6 +266,7 @@ class Classifier(pl.LightningModule):
     def _evaluate(self, stage: str, accuracy: MulticlassAccuracy, batch: Batch) -> None:
         images, labels = batch
         logits = self(images)
+        self._look(logits)
         accuracy(logits, labels)
         self.log(f"{stage}/loss", self.loss(logits, labels), batch_size=len(labels), prog_bar=True, sync_dist=True)
         self.log(f"{stage}/accuracy", accuracy, on_step=False, on_epoch=True, prog_bar=True)
@@ -218,9 +276,12 @@ class Classifier(pl.LightningModule):
         on a third axis at the end.
         """
         if not self.samples:
-            return torch.softmax(self(batch[0]), dim=1)
-        with self._noise_of_step(batch_idx):
-            return torch.softmax(self.network.sample(batch[0], self.samples), dim=2).permute(1, 2, 0)
+            found = torch.softmax(self(batch[0]), dim=1)
+        else:
+            with self._noise_of_step(batch_idx):
+                found = torch.softmax(self.network.sample(batch[0], self.samples), dim=2).permute(1, 2, 0)
+        self._look(found)
+        return found
 
     def on_predict_start(self) -> None:
         """Take the seed of the noise.
@@ -284,3 +345,13 @@ class Classifier(pl.LightningModule):
                 )
             self.network = replay(self.network, missing)
             solve_as(self.network, checkpoint[KEY]["solvers"])
+
+
+def _largest(tensors: Sequence[Tensor]) -> Tensor:
+    """The largest absolute value, which is no number if any entry is none."""
+    return get_total_norm(tensors, float("inf")) if tensors else torch.zeros(())
+
+
+def _broken(tensors: Iterable[tuple[str, Tensor | None]]) -> str | None:
+    """The name of the first tensor that is not finite."""
+    return next((name for name, tensor in tensors if tensor is not None and not torch.isfinite(tensor).all()), None)

@@ -1,5 +1,6 @@
 """Predictions in a file: a row an image, which says which image it is, what it is, and what the network takes it for."""
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ class WritePredictions(BasePredictionWriter):
     """Writes `predictions.csv` after `predict`: one row a test image, in their order, by the first of several ranks.
 
     The columns are `image`, the number of the image; `file` where images have files; `label` and `class`, the name of its
-    class and of the one predicted; and a probability p(class) for each class. Where the noise is sampled, the probabilities
-    are means over the samples, and columns s(class) hold their standard deviations.
+    class and of the one predicted, which is empty where the logits are not finite; and a probability p(class) for each class.
+    Where the noise is sampled, the probabilities are means over the samples, and columns s(class) hold their standard
+    deviations.
 
     Args:
         folder: where to write; None is beside the checkpoint, or without one the trainer's log folder.
@@ -86,7 +88,7 @@ def _rows(found: dict[int, Tensor], data: ImageData | None) -> Iterator[list[Any
     yield [*heads, *(f"p({name})" for name in classes), *(f"s({name})" for name in classes if sampled)]
     for image, row, widths in zip(found, probabilities.tolist(), spread.tolist(), strict=True):
         label = [classes[int(data.test_images.labels[image])]] if data else []
-        best = classes[max(range(len(row)), key=row.__getitem__)]
+        best = classes[max(range(len(row)), key=row.__getitem__)] if all(map(math.isfinite, row)) else ""
         numbers = (f"{value:.6f}" for value in (*row, *widths))
         yield [image, *([files[image]] if files else []), *label, best, *numbers]
 
