@@ -218,4 +218,4 @@ ADAPTIVE_HEUN = Coefficients(
     middle=(1 / 2, 0),
 )
 
-COEFFICIENTS = {"dopri5": DOPRI5, "dopri8": DOPRI8, "bosh3": BOSH3, "fehlberg2": FEHLBERG2, "adaptive_heun": ADAPTIVE_HEUN}
+COEFFICIENTS = {"dopri8": DOPRI8, "dopri5": DOPRI5, "bosh3": BOSH3, "fehlberg2": FEHLBERG2, "adaptive_heun": ADAPTIVE_HEUN}

@@ -90,6 +90,7 @@ class Classifier(pl.LightningModule):
         self.schedule = schedule
         self.samples = samples
         self.noise_seed: int | None = None
+        self.broken, self.seen = torch.zeros((), dtype=torch.int64), 0
         self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
         self.train_accuracy = MulticlassAccuracy(None, average="micro")
         self.val_accuracy = MulticlassAccuracy(None, average="micro")
@@ -254,7 +255,7 @@ class Classifier(pl.LightningModule):
         return f"the logits of {count} of {seen} images are" if count else None
 
     def _look(self, logits: Tensor) -> None:
-        self.broken += (~torch.isfinite(logits).flatten(1).all(dim=1)).sum()
+        self.broken = self.broken + (~torch.isfinite(logits).flatten(1).all(dim=1)).sum()
         self.seen += len(logits)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -686,7 +686,7 @@ def test_text(solver, text):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("brownian:grid=0/1", "unknown option grid.*method, h, rtol, atol, gradient"),
+        ("brownian:grid=0/1", "unknown option grid.*method, h, rtol, atol, max_evaluations, gradient"),
         ("brownian:method=heun", "Stratonovich"),
         ("brownian:h=much", "could not convert"),
         ("brown", "brownian"),
