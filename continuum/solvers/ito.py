@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
-from weakref import WeakMethod
+from weakref import WeakMethod, finalize
 
 import torch
 from torch import Tensor
@@ -240,6 +240,8 @@ class Solve:
             dt=None if rule.adaptive else rule.h,
             levy_area_approximation="space-time" if rule.method == "srk" else "none",
         )
+        # A path is a tree that refers to itself; its increments would wait with it for the garbage collector.
+        finalize(self, getattr(self.path, "_increment_and_space_time_levy_area_cache", {}).clear)
         self.method = rule.on(self.equation, self.path)
         self.take = self.method.step
         # torchsde's adaptive loop calls it too. A strong reference would keep every path until the next garbage collection.
