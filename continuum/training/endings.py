@@ -64,6 +64,8 @@ class EndOnSignal(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if threading.current_thread() is not threading.main_thread():
             return  # where Python allows no handlers
+        if not self.before:
+            self.received = None
         several = trainer.world_size > 1
 
         def end(number: int, frame: FrameType | None) -> None:
@@ -88,7 +90,14 @@ class EndOnSignal(Callback):
         if self.received is not None:
             raise SystemExit(128 + self.received)
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Give the signals back, as Lightning does next."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
+
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.on_train_end(trainer, pl_module)
         if self.received is None or not isinstance(exception, SystemExit):
             return
         name = signal.Signals(self.received).name
@@ -97,11 +106,6 @@ class EndOnSignal(Callback):
                 path = os.path.join(callback.dirpath, "last.ckpt")
                 trainer.save_checkpoint(path)
                 print(f"continuum: ended by {name}; --ckpt_path {path} goes on from here", file=sys.stderr)
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        self.before = {}
 
 
 def _end_all_ranks(trainer: pl.Trainer, number: int) -> None:
