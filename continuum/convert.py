@@ -12,11 +12,10 @@ A block relu(x + F(x)) of theirs is an Euler step of ours, so what is converted 
 
 import copy
 import os
-import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from itertools import chain
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +24,8 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from continuum.files import whole_file
 from continuum.flow import Flow
-from continuum.models.checkpoint import KEY, CheckpointError
+from continuum.models.archive import CheckpointError, existing, one_line, unpacked
+from continuum.models.checkpoint import KEY
 from continuum.models.network import Network
 from continuum.models.parts import ConvNorm, Transition
 from continuum.schemes import Euler
@@ -333,19 +333,16 @@ def _form(tensor: Tensor) -> str:
 
 def _state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The state dict in a file of torch.save, old or new, without wrappers."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint at {Path(path).resolve()}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        code = re.search(r"GLOBAL ([\w.]+)", str(error))
-        named = f" ({code[1]})" if code else ""
-        raise CheckpointError(
-            f"{path} holds pickled code{named}, which is never executed, or more than tensors: save the state dict alone"
-        ) from None
-    except Exception as error:  # the old format has no checksum: a broken file fails anywhere in the reader
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path} is not a file of torch.save, or it is truncated: {reason}") from None
+    path = existing(path)
+    if zipfile.is_zipfile(path):
+        content = unpacked(path)
+    else:
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # the old format has no checksum: a broken file fails anywhere in the reader
+            code = re.search(r"GLOBAL ([\w.]+)", str(error))
+            reason = f"pickled code ({code[1]}), which is never executed" if code else one_line(error)
+            raise CheckpointError(f"{path} is not a file of torch.save, or it is truncated: {reason}") from None
     if isinstance(content, Mapping) and KEY in content:
         raise CheckpointError(f"{path} is a continuum checkpoint already: continuum.load reads it")
     for place in [content, *(content.get(name) for name in PLACES)] if isinstance(content, Mapping) else []:

@@ -126,6 +126,9 @@ class Expansion(Field):
             raise ValueError(f"a projection keeps the depth, which is {self.basis.depth:g} here; got {basis}")
         projected = copy.deepcopy(self)
         projected._set_basis(basis)
+        if any(parameter.is_meta for parameter in self.parameters()):  # shapes alone
+            _replace(projected.field, self.norms, lambda name, tensor: tensor.new_empty((basis.size, *tensor.shape[1:])))
+            return projected
         matrix = projection(self.basis, basis)
         _replace(projected.field, self.norms, lambda name, tensor: _projected(name, tensor, matrix))
         return projected

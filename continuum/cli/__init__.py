@@ -6,7 +6,7 @@ from importlib import import_module
 
 import continuum
 from continuum.cli.parser import COMMANDS, LIGHTNING
-from continuum.models.checkpoint import CheckpointError
+from continuum.models.archive import CheckpointError
 from continuum.solvers import SolveError
 from continuum.zoo import BUILDERS
 

@@ -1,16 +1,19 @@
 """What several subcommands measure on: the images of a checkpoint's training or of `--data`."""
 
+import os
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jsonargparse
 import torch
 from torch import Tensor
 
-import continuum.training
 from continuum.cli.parser import Parser
 from continuum.models import Network
-from continuum.models.checkpoint import KEY, CheckpointError
+from continuum.models.archive import CheckpointError, one_line
+from continuum.models.checkpoint import KEY, check_plain
 from continuum.training import ImageData
+from continuum.training.data import DATA
 from continuum.training.fitting import check_fit
 
 
@@ -47,12 +50,25 @@ def images_of(
     return Images(type(data).__name__, data.batch_size, batches)
 
 
-def described_data(content: dict[str, Any], path: str) -> ImageData:
-    """The data that the checkpoint at `path` was trained on."""
+def described_data(content: dict[str, Any], path: str, changed: Mapping[str, Any] | None = None) -> ImageData:
+    """The data that the checkpoint at `path` was trained on, by one of the data modules here; with other arguments if given.
+
+    Raises:
+        CheckpointError: the file does not say, or what cannot be.
+    """
     stated = content[KEY].get("data")
     if stated is None:
         raise CheckpointError(f"{path} does not say which data it was trained on: name them, for example --data Digits")
     try:
-        return getattr(continuum.training, stated["class"])(**stated["arguments"])
-    except (AttributeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} names data that cannot be built ({error}): give --data") from None
+        name, arguments = stated["class"], {**stated["arguments"], **(changed or {})}
+        for argument, value in arguments.items():
+            check_plain(argument, value, LARGEST_OF_DATA)
+        if "workers" in arguments:  # of another machine
+            arguments["workers"] = min(arguments["workers"], os.cpu_count() or 1)
+        return DATA[name](**arguments)
+    except Exception as error:  # whatever odd arguments lead to
+        raise CheckpointError(f"{path} names data that cannot be built ({one_line(error)}): give --data") from None
+
+
+LARGEST_OF_DATA = 2**63 - 1
+"""A seed, or a memory limit in bytes."""

@@ -10,6 +10,8 @@ import jsonargparse
 import torch
 import yaml
 
+from continuum.models.archive import CheckpointError, one_line
+
 LIGHTNING = {
     "fit": "Train a network: by default a small ODE-Net on the digits.",
     "validate": "Loss and accuracy on the images that were held out.",
@@ -85,3 +87,34 @@ def _key_lines(node: yaml.Node | None, key: str) -> list[int]:
     if isinstance(node, yaml.SequenceNode):
         return [line for item in node.value for line in _key_lines(item, key)]
     return []
+
+
+MOST_NODES = 100_000
+"""More values than any configuration has; aliases of aliases reach as many in ten lines."""
+
+
+def check_yaml(path: str) -> None:
+    """Look at a configuration before anything else reads it.
+
+    Raises:
+        CheckpointError: no YAML, values of no meaning, an alias inside of what it stands for, or for too much.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        _count(yaml.compose(text), 0, ())
+        yaml.safe_load(text)
+    except (ArithmeticError, OSError, RecursionError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{path} is no configuration: {one_line(error)}") from None
+
+
+def _count(node: yaml.Node | None, before: int, above: tuple[int, ...]) -> int:
+    """How many nodes there are with this one and all that it stands for, aliases as often as they are used."""
+    if id(node) in above:
+        raise ValueError("an alias stands inside of what it is an alias of")
+    if before > MOST_NODES:
+        raise ValueError(f"its aliases stand for more than {MOST_NODES:,} values")
+    count = before + 1
+    below = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else []
+    for part in node.value if isinstance(node, yaml.SequenceNode) else below:
+        count = _count(part, count, (*above, id(node)))
+    return count

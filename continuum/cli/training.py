@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse.typing import lazy_instance
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import LightningModule, Trainer
@@ -16,8 +17,12 @@ from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ProgressBar, 
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.trainer.states import TrainerFn
 
-from continuum.cli.parser import LIGHTNING, Parser
-from continuum.models.checkpoint import KEY, CheckpointError, read
+from continuum.cli.inputs import described_data
+from continuum.cli.parser import LIGHTNING, Parser, check_yaml
+from continuum.models import Network
+from continuum.models.archive import CheckpointError, existing, one_line, unpacked
+from continuum.models.checkpoint import KEY, read, restore
+from continuum.solvers import SolveError
 from continuum.training import Classifier, Digits, EndOnSignal, ImageData, LogCost, WritePredictions
 from continuum.training.images import DataError
 from continuum.zoo import BUILDERS
@@ -50,12 +55,59 @@ class CompileNetwork(Callback):
     on_test_start = on_predict_start = on_fit_start
 
 
+class Begun(Callback):
+    """Knows whether a checkpoint has been restored, and the work begun."""
+
+    it_has = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.it_has = True
+
+    on_validation_start = on_test_start = on_predict_start = on_train_start
+
+
 class LightningParser(Parser, LightningArgumentParser):
     """Lightning's parser with our errors."""
 
 
 class CommandLine(LightningCLI):
-    """Lightning's command line over `Classifier` and the data modules; one seed for weights, batches and augmentation."""
+    """Lightning's command line over `Classifier` and the data modules; one seed for weights, batches and augmentation.
+
+    Args:
+        network: the network of a checkpoint, which takes the place of the parser's; None where the user says which.
+        data: the same for the data.
+        **options: Lightning's.
+    """
+
+    def __init__(self, network: Network | None, data: ImageData | None, **options: Any) -> None:
+        self.of_file = network, data
+        super().__init__(Classifier, ImageData, **options)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        try:
+            super().parse_arguments(parser, args)
+        except (ArithmeticError, RecursionError, TypeError, ValueError, yaml.YAMLError) as error:  # odd values in YAML
+            parser.error(one_line(error))
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the user's configuration as it is: Lightning would merge what a file says into it."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run, with errors on the way to the first batch that are those of a checkpoint."""
+        path = self._get(self.config, "ckpt_path")
+        if path is None or path in LATEST or "://" in str(path):
+            return super()._run_subcommand(subcommand)
+        unpacked(path)  # whose errors say what is wrong with the file
+        begun = Begun()
+        self.trainer.callbacks.append(begun)  # pyright: ignore[reportAttributeAccessIssue]
+        try:
+            super()._run_subcommand(subcommand)
+        except (CheckpointError, DataError, MisconfigurationException, SolveError):
+            raise
+        except Exception as error:
+            if begun.it_has:
+                raise
+            raise CheckpointError(f"{path} cannot be gone on from: {one_line(error)}") from None
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -72,8 +124,13 @@ class CommandLine(LightningCLI):
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
-        except (TypeError, ValueError, MisconfigurationException) as error:  # arguments that a class refuses
-            self.parser.error(str(error))
+        except (ArithmeticError, MemoryError, RuntimeError, TypeError, ValueError, MisconfigurationException) as error:
+            self.parser.error(one_line(error))  # arguments that a class refuses
+        network, data = self.of_file
+        if network is not None:
+            self.model.network = network
+        if data is not None:
+            self.datamodule = data
         if self.subcommand == "predict" and self.model.samples and not self.model.network.stochastic:
             self.parser.error("--samples are draws of the noise of a network, and no field of this one is a StochasticField")
         if self._get(self.config, "compile"):
@@ -106,11 +163,11 @@ def training_command(arguments: list[str]) -> None:
     """`continuum fit`, `validate`, `test` or `predict`, the first of `arguments`."""
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning against a newer torch
     _describe_network(arguments)
-    sys.argv[1:] = _with_network(arguments)  # where Lightning wants them
+    sys.argv[1:], network, data = _with_network(arguments)  # where Lightning wants them
     try:
         CommandLine(
-            Classifier,
-            ImageData,
+            network,
+            data,
             subclass_mode_data=True,
             save_config_callback=SaveConfig,
             seed_everything_default=0,
@@ -139,30 +196,32 @@ def _describe_network(arguments: list[str]) -> None:
     parser.exit()
 
 
-def _with_network(arguments: list[str]) -> list[str]:
-    """The arguments with the network they leave open: a small ODE-Net to fit, or what the checkpoint to evaluate describes.
+Started = tuple[list[str], Network | None, ImageData | None]
+"""Arguments for Lightning, and what a checkpoint stands for in their place."""
 
-    Not a default of the parser, because jsonargparse would carry its arguments over to whatever network is chosen instead.
 
-    Raises:
-        FileNotFoundError: a checkpoint that is not there.
-    """
+def _with_network(arguments: list[str]) -> Started:
+    """The arguments, with the network and data of a checkpoint, or those of `fit` alone, where they name none."""
     arguments = _samples(arguments)
     if {"--help", "-h"} & set(arguments):
-        return arguments
+        return arguments, None, None
+    for option in ("--config", "-c"):
+        if (config := _value(arguments, option)) is not None and Path(config).is_file():
+            check_yaml(config)
     path = _value(arguments, "--ckpt_path")
     found = path in LATEST or (path is not None and "://" in path)
-    if path is not None and not found and not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint at {Path(path).resolve()}")
-    if any(a.split("=")[0].startswith(("-c", "--config", "--model.network", "--print_")) for a in arguments):
-        return arguments
+    if path is not None and not found:
+        existing(path)
+    own = any(a.split("=")[0] in ("-c", "--config", "--model.network") or a.startswith("--print_") for a in arguments)
+    if own or arguments[0].split("=")[0] in ("-c", "--config"):
+        return arguments, None, None
     if arguments[0] == "fit" and path is None:
-        return _insert(arguments, _small(own_data=any(a.startswith("--data") for a in arguments)))
+        return _insert(arguments, _small(own_data=any(a.startswith("--data") for a in arguments))), None, None
     if arguments[0] == "fit":
         raise CheckpointError("a run goes on with the settings it began with: give --config, the config.yaml that it wrote")
     if path is None or found:
         raise CheckpointError(f"which network to {arguments[0]} is not said: give --ckpt_path FILE, or --model.network NAME")
-    return _insert(arguments, _described(path, own_data=_value(arguments, "--data") is not None))
+    return _of_file(path, arguments)
 
 
 def _small(own_data: bool) -> dict[str, Any]:
@@ -176,30 +235,57 @@ def _small(own_data: bool) -> dict[str, Any]:
     return chosen if own_data else chosen | {"data": _class("continuum.training.Digits", {"batch_size": 16})}
 
 
-def _described(path: str, own_data: bool) -> dict[str, Any]:
-    """The network of the checkpoint at `path`, and its data where they are told.
+def _of_file(path: str, arguments: list[str]) -> Started:
+    """The network of the checkpoint at `path`, and its data where they are told; options override theirs by name.
+
+    What the file says never reaches the parser, which would import what it names.
 
     Raises:
-        CheckpointError: no checkpoint of a training, or one of a network that the zoo does not have.
+        CheckpointError: no checkpoint of a training, one of a network that the zoo does not have, or options that do not fit.
     """
     content = read(path)
-    description = content[KEY]
+    stated = content[KEY]
     if "pytorch-lightning_version" not in content:
         raise CheckpointError(f"{path} is no checkpoint of `continuum fit`, but a network alone: see `continuum compare`")
-    if description["builder"] not in BUILDERS:
+    if isinstance(stated.get("builder"), str) and stated["builder"] not in BUILDERS:
         raise CheckpointError(
-            f"{path} was built by {description['builder']!r}, which is not in the zoo: say where it is, as --model.network "
-            f"MODULE.{description['builder']}"
+            f"{path} was built by {stated['builder'][:99]!r}, which is not in the zoo: say where it is, as --model.network "
+            f"MODULE.{stated['builder'][:99]}"
         )
-    network = dict(description["arguments"])
-    if description["solvers"] and ["drift"] not in description["changes"]:  # whose network is the stochastic one
-        network["solver"] = description["solvers"][0]
-    found: dict[str, Any] = {"model.network": _class(f"{ZOO}.{description['builder']}", network)}
-    if "data" in description and not own_data:
-        data = dict(description["data"]["arguments"])
-        found["seed_everything"] = data.pop("seed", 0)
-        found["data"] = _class(f"continuum.training.{description['data']['class']}", data)
-    return found
+    arguments, changed = _taken(arguments, "--model.network.")
+    solver = changed.pop("solver", None)
+    if changed and isinstance(stated.get("arguments"), Mapping):
+        content = {**content, KEY: {**stated, "arguments": {**stated["arguments"], **changed}}}
+    network = restore(content, path)
+    if solver is not None:
+        try:
+            network = network.with_solver(str(solver))
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"--model.network.init_args.solver: {one_line(error)}") from None
+    data = None
+    if "data" in stated and _value(arguments, "--data") is None:
+        arguments, changed = _taken(arguments, "--data.")
+        data = described_data(content, path, changed)
+        seed = data.seed if isinstance(data.seed, int) else 0
+        arguments = _insert(arguments, {"seed_everything": seed})
+    # Whichever the parser is told, for it has to be told one.
+    return _insert(arguments, {"model.network": _class(f"{ZOO}.mlp", {})}), network, data
+
+
+def _taken(arguments: list[str], prefix: str) -> tuple[list[str], dict[str, Any]]:
+    """The arguments without those that begin with `prefix`, and these by their last word, as YAML reads them."""
+    rest, taken, ahead = [], {}, iter(arguments)
+    for argument in ahead:
+        name, equals, value = argument.partition("=")
+        if not name.startswith(prefix):
+            rest.append(argument)
+            continue
+        text = value if equals else next(ahead, "")
+        try:
+            taken[name.removeprefix(prefix).removeprefix("init_args.")] = yaml.safe_load(text)
+        except (ArithmeticError, RecursionError, TypeError, ValueError, yaml.YAMLError) as error:
+            raise CheckpointError(f"{name} {text[:40]}: {one_line(error)}") from None
+    return rest, taken
 
 
 def _samples(arguments: list[str]) -> list[str]:

@@ -1,16 +1,20 @@
 """Networks in files: builder and arguments, solvers, weights - plain data that loads with `weights_only`."""
 
+import inspect
 import os
-import pickle
-import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from continuum.files import whole_file
 from continuum.flow import Flow
+from continuum.models.archive import CheckpointError, one_line, unpacked
 from continuum.models.network import Network
 from continuum.solvers import Adaptive, Solver
 from continuum.solvers.text import describe
@@ -20,10 +24,6 @@ KEY = "continuum"
 """Where the description stands in a file; a training checkpoint carries it under the same key."""
 
 FORMAT = 1
-
-
-class CheckpointError(ValueError):
-    """A file that holds no network of ours, or one that does not fit: one line that says which and why."""
 
 
 def description(network: Network) -> dict[str, Any]:
@@ -94,18 +94,9 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: nothing at `path`.
-        CheckpointError: not a file of ours, or truncated.
+        CheckpointError: not a file of ours, damaged, or with code in it.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint at {Path(path).resolve()}")
-    if not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{path} is not a checkpoint, or it is truncated: it is no archive as torch.save writes it")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise CheckpointError(f"{path} holds pickled code, which is never executed; a checkpoint is plain data") from None
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be read, it may be truncated: {str(error).splitlines()[0]}") from None
+    content = unpacked(path)
     if not isinstance(content, dict) or not isinstance(content.get(KEY), Mapping):
         raise CheckpointError(f"{path} is not a continuum checkpoint: it has no entry {KEY!r} that says how to build it")
     return content
@@ -121,33 +112,137 @@ def restore(content: dict[str, Any], path: str | os.PathLike[str], builder: Call
         build = BUILDERS.get(name)
     if build is None:
         raise CheckpointError(
-            f"{path} was built by {name!r}, which is not in the zoo ({', '.join(BUILDERS)}): pass its builder to load"
+            f"{path} was built by {str(name)[:99]!r}, which is not in the zoo ({', '.join(BUILDERS)}): pass its builder to load"
         )
+    weights = weights_of(content, path)
     try:
-        network = build(**stated["arguments"])
-        if stated.get("changes"):
-            # Under a solver that any change leaves possible; those of the file come next.
-            start = network.with_solver("euler_maruyama" if network.stochastic else Adaptive())
-            network = replay(start, stated["changes"])
-        solve_as(network, stated["solvers"])
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # whatever odd arguments lead to
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{path} does not describe a {name} network of this version: {reason}") from None
+        plan = Plan.of(stated, build, weights)
+        if builder is None:
+            # Without memory, to know the sizes before anything is allocated; the builders of others may need numbers.
+            with torch.device("meta"), plan.limited():
+                misfits = differences(plan.build(build), weights)
+            if misfits:
+                raise CheckpointError(f"the weights in {path} are not those of its {name}: {misfits[0]}")
+        network = plan.build(build)
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever odd arguments lead to
+        raise CheckpointError(f"{path} does not describe a {name} network of this version: {one_line(error)}") from None
+    if misfits := differences(network, weights):
+        raise CheckpointError(f"the weights in {path} are not those of its {name}: {misfits[0]}")
+    for tensor_name, tensor in network.state_dict(keep_vars=True).items():
+        if weights[tensor_name].is_floating_point():
+            tensor.data = tensor.data.to(weights[tensor_name].dtype)  # the type that the network had
+    network.load_state_dict(weights)
+    return network.eval()
+
+
+def weights_of(content: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The network's part of the state dict in a file: in a training checkpoint it is a part of the trained module.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     weights = content.get("state_dict")
     if not isinstance(weights, Mapping):
         raise CheckpointError(f"{path} holds no weights: its entry 'state_dict' is a {type(weights).__name__}")
-    # In a training checkpoint the network is one part of the trained module.
-    part = {key.removeprefix("network."): value for key, value in weights.items() if key.startswith("network.")}
-    for tensor_name, tensor in network.state_dict(keep_vars=True).items():
-        stored = (part or weights).get(tensor_name)
-        if isinstance(stored, torch.Tensor) and stored.is_floating_point():
-            tensor.data = tensor.data.to(stored.dtype)  # the type that the network had, as load_state_dict does not
-    try:
-        network.load_state_dict(part or weights)
-    except RuntimeError as error:
-        first = " ".join(line.strip() for line in str(error).splitlines()[1:3])
-        raise CheckpointError(f"the weights in {path} are not those of its {name}: {first}") from None
-    return network.eval()
+    if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in weights.items()):
+        raise CheckpointError(f"{path} holds no weights: its entry 'state_dict' has more than tensors by name")
+    part = {name.removeprefix("network."): value for name, value in weights.items() if name.startswith("network.")}
+    return part or dict(weights)
+
+
+def differences(network: Network, weights: Mapping[str, Tensor]) -> list[str]:
+    """In which tensors weights are not those of a network, by name and shape."""
+    expected = network.state_dict()
+    found = [f"{name} is missing" for name in expected if name not in weights]
+    found += [f"{name} is not part of it" for name in weights if name not in expected]
+    for name, tensor in expected.items():
+        if name in weights and weights[name].shape != tensor.shape:
+            found.append(f"{name} is of shape {tuple(weights[name].shape)}, not {tuple(tensor.shape)}")
+    return found
+
+
+LARGEST = 10_000
+"""No number of layers and no option of a builder is larger; a width may be, where a tensor of the file is as wide."""
+
+MOST_TENSORS = 30_000
+"""How many tensors a network may have beyond those of the file, while it is built and before it is projected."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a file says that its network is built: arguments, changes and solvers, all of them plain data within limits."""
+
+    arguments: dict[str, Any]
+    changes: list[list[Any]]
+    solvers: list[str]
+    tensors: int
+
+    @staticmethod
+    def of(stated: Mapping[str, Any], build: Callable[..., Network], weights: Mapping[str, Tensor]) -> "Plan":
+        """What a file states, looked at.
+
+        Raises:
+            KeyError: an entry is missing.
+            TypeError: an entry is of another kind than it has to be, or the builder takes other arguments.
+            ValueError: a number or a text that is too large.
+        """
+        arguments, solvers, changes = stated["arguments"], stated["solvers"], stated.get("changes", [])
+        if not isinstance(arguments, Mapping) or not all(isinstance(name, str) for name in arguments):
+            raise TypeError(f"its arguments are a {type(arguments).__name__}, not values by name")
+        if not isinstance(solvers, list) or not all(isinstance(text, str) for text in solvers):
+            raise TypeError("its solvers are not a list of texts")
+        if not isinstance(changes, list) or not all(isinstance(change, list | tuple) for change in changes):
+            raise TypeError("its changes are not a list of lists")
+        widest = max((max(tensor.shape, default=1) for tensor in weights.values()), default=1)
+        for name, value in arguments.items():
+            check_plain(name, value, max(LARGEST, widest))
+        for change in changes:
+            check_plain("changes", list(change), max(100, widest))
+        inspect.signature(build).bind(**arguments)
+        return Plan(dict(arguments), [list(change) for change in changes], list(solvers), len(weights))
+
+    def build(self, build: Callable[..., Network]) -> Network:
+        network = build(**self.arguments)
+        if self.changes:
+            # Under a solver that any change leaves possible; those of the file come next.
+            start = network.with_solver("euler_maruyama" if network.stochastic else Adaptive())
+            network = replay(start, self.changes, self.tensors + MOST_TENSORS)
+        solve_as(network, self.solvers)
+        return network
+
+    @contextmanager
+    def limited(self) -> Iterator[None]:
+        """Inside the block, no more parameters are made by this thread than the file could have."""
+        thread, left = threading.get_ident(), [self.tensors + MOST_TENSORS]
+
+        def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+            if threading.get_ident() == thread:
+                left[0] -= 1
+                if left[0] < 0:
+                    raise ValueError(f"it has thousands of tensors, and the file {self.tensors}")
+
+        handle = register_module_parameter_registration_hook(count)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def check_plain(name: str, value: object, largest: int, depth: int = 3) -> None:
+    """Raise an error unless `value` is a number, a text, a boolean or None, or a list of these, of a size that makes sense."""
+    if isinstance(value, list | tuple) and depth and len(value) <= LARGEST:
+        for item in value:
+            check_plain(name, item, largest, depth - 1)
+    elif not (value is None or isinstance(value, bool | int | float | str)):
+        raise TypeError(
+            f"its {name} holds a {type(value).__name__}, or too much of it; there are numbers, texts, booleans, None"
+        )
+    elif isinstance(value, int | float) and abs(value) > largest:
+        raise ValueError(f"its {name} has the number {str(value)[:40]}, which is larger than anything in the file")
+    elif isinstance(value, str) and len(value) > 100 * LARGEST:
+        raise ValueError(f"its {name} has a text of {len(value)} characters")
 
 
 def solve_as(network: Network, solvers: Sequence[str]) -> None:
@@ -165,8 +260,8 @@ def solve_as(network: Network, solvers: Sequence[str]) -> None:
             network.stages[index] = stage.with_solver(next(rest))
 
 
-def replay(network: Network, changes: Iterable[Sequence[object]]) -> Network:
-    """`network` after the refinements and projections that a file lists.
+def replay(network: Network, changes: Iterable[Sequence[object]], most_tensors: int | None = None) -> Network:
+    """`network` after the refinements and projections that a file lists; no step of the way has more tensors than that.
 
     Raises:
         ValueError: a change that this version does not know, or that the network refuses.
@@ -175,6 +270,8 @@ def replay(network: Network, changes: Iterable[Sequence[object]]) -> Network:
     for change in changes:
         match change:
             case ["refine", int(k)]:
+                if most_tensors is not None and k * len(network.state_dict()) > most_tensors:
+                    raise ValueError(f"refined by {k}, it has thousands of tensors more than the file")
                 network = network.refine(k)
             case ["project", str(name), int(size)]:
                 network = network.project(name, size)

@@ -49,8 +49,8 @@ class StepControl:
     max_evaluations: int = 10_000
 
     def __post_init__(self) -> None:
-        if not (self.rtol >= 0 and self.atol >= 0 and self.rtol + self.atol > 0):
-            raise ValueError(f"rtol and atol are not negative and not both zero; got {self.rtol} and {self.atol}")
+        if not (self.rtol >= 0 and self.atol >= 0 and 0 < self.rtol + self.atol < float("inf")):
+            raise ValueError(f"rtol and atol are finite, not negative and not both zero; got {self.rtol} and {self.atol}")
         if self.norm not in get_args(Norm):
             raise ValueError(f"norm is one of {', '.join(get_args(Norm))}, not {self.norm!r}")
         if not 0 <= self.min_step <= self.max_step or self.max_step == 0:

@@ -1,6 +1,7 @@
 """Fixed steps: x_{n+1} = step(t_n, x_n, h) on a grid known beforehand; with Euler and h = 1, a residual network."""
 
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -30,8 +31,8 @@ from continuum.types import State
 
 Gradient = Literal["direct", "reversible", "checkpoint"]
 
-MOST_STEPS = 1_000_000
-"""As many would take minutes and gigabytes for the smallest field: a mistake in h, as a rule."""
+MOST_STEPS = 100_000
+"""More are a mistake in h, as a rule: as many take minutes and gigabytes for the smallest field."""
 
 
 @dataclass(frozen=True)
@@ -308,4 +309,4 @@ def _constant(number: float) -> float:
 
 
 def _whole(number: float) -> bool:
-    return abs(number - round(number)) <= 1e-9 * max(1.0, abs(number))
+    return math.isfinite(number) and abs(number - round(number)) <= 1e-9 * max(1.0, abs(number))

@@ -30,7 +30,10 @@ def parse(text: str) -> Solver:
     """
     name, _, rest = text.partition(":")
     name = name.strip()
-    options = dict(_option(text, part) for part in rest.split(",") if part.strip())
+    given = [_option(text, part) for part in rest.split(",") if part.strip()]
+    options = dict(given)
+    if len(options) < len(given):
+        raise ValueError(f"in {text!r} an option is given twice: say each once")
     if name in PAIRS and options.keys() & {"h", "grid"}:
         return FixedStep(Embedded(name), **_values(text, options, _options(FixedStep, "scheme")))
     if name in METHODS:

@@ -69,6 +69,8 @@ class ImageData(pl.LightningDataModule, ABC):
             raise ValueError(f"validation is a share of the training images in [0, 1), not {validation}")
         if crop is not None and crop < 0:
             raise ValueError(f"crop is a number of pixels, not {crop}")
+        if seed < 0:
+            raise ValueError(f"seed is not negative; got {seed}")
         if train_size is not None and train_size < 1:
             raise ValueError(f"train_size is a positive number of images, not {train_size}")
         if normalisation not in get_args(Normalisation):
@@ -360,3 +362,9 @@ class ImageFolder(ImageData):
         images = OnDisk(paths, labels, self.size, [str(path.relative_to(self.root)) for path in paths])
         bytes_needed = len(paths) * images.images(torch.tensor([0])).numel()
         return images.in_memory() if bytes_needed <= self.memory_limit else images
+
+
+DATA: dict[str, type[ImageData]] = {
+    kind.__name__: kind for kind in (Digits, MNIST, FashionMNIST, CIFAR10, CIFAR100, ImageFolder)
+}
+"""The data modules by name, in which files look them up."""

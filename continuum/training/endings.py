@@ -75,7 +75,7 @@ class EndOnSignal(Callback):
                 raise KeyboardInterrupt
             self.received = number
 
-        before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+        before: dict[int, Any] = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
         self.before = self.before or before
 
     def on_train_batch_end(

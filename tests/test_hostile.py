@@ -1,0 +1,148 @@
+"""Whatever comes in from outside ends in a network, a solver, or an error of ours on one line: nothing runs, nothing is taken in."""
+
+import importlib
+import random
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import continuum
+from continuum.cli import main
+from continuum.models.archive import CheckpointError
+from continuum.solvers import Solver, parse
+
+sys.path.append(str(Path(__file__).parent.parent))
+hostile = importlib.import_module("experiments.endurance.hostile")
+
+QUIET = ("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.logger", "false")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A checkpoint of a training, as a path and as its content."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["continuum"])
+        main(["fit", *QUIET, "--trainer.max_steps", "1"])
+    path = folder / "checkpoints" / "last.ckpt"
+    return path, torch.load(path, weights_only=True)
+
+
+@pytest.fixture
+def planted(tmp_path, monkeypatch):
+    """A module that says when it is imported."""
+    module, mark = tmp_path / f"{hostile.PLANTED}.py", tmp_path / "imported"
+    module.write_text(f"open({str(mark)!r}, 'w').close()\nclass Evil: pass\ndef evil(*a): return a\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, hostile.PLANTED, raising=False)
+    return mark
+
+
+def test_texts_of_solvers():
+    draw = random.Random(0)
+    for _ in range(3000):
+        text = hostile.solver_text(draw)
+        try:
+            assert isinstance(parse(text), Solver), text
+        except ValueError as error:
+            assert str(error), text
+    for text in ("euler:h=1e-310", "dopri5:rtol=inf", "rk4:h=0.5,h=0.25"):
+        with pytest.raises(ValueError, match=r"\S"):
+            parse(text)
+
+
+def test_damaged_files(checkpoint, tmp_path):
+    """An error, or the weights as they were."""
+    path, content = checkpoint
+    weights = continuum.load(path).state_dict()
+    whole, draw, file = path.read_bytes(), random.Random(0), tmp_path / "damaged.ckpt"
+    errors = 0
+    for _ in range(300):
+        file.write_bytes(hostile.damaged(whole, draw))
+        try:
+            found = continuum.load(file).state_dict()
+        except CheckpointError as error:
+            assert "\n" not in str(error)
+            errors += 1
+        else:
+            assert all(torch.equal(tensor, found[name]) for name, tensor in weights.items())
+    assert errors > 200
+
+
+@pytest.mark.parametrize("seed", range(120))
+def test_files_that_state_what_is_not_so(checkpoint, planted, tmp_path, seed):
+    file = tmp_path / "stated.ckpt"
+    file.write_bytes(hostile.written(hostile.misstated(checkpoint[1], random.Random(seed))))
+    start = time.process_time()
+    try:
+        network = continuum.load(file)
+    except CheckpointError as error:
+        assert "\n" not in str(error)
+    else:
+        assert isinstance(network, continuum.Network)
+    assert time.process_time() - start < 5
+    assert not planted.exists()
+
+
+COMMANDS = {
+    "test": lambda file: ["test", *QUIET, "--ckpt_path", file, "--trainer.limit_test_batches", "1"],
+    "predict": lambda file: ["predict", *QUIET, "--ckpt_path", file, "--trainer.limit_predict_batches", "1"],
+    "fit": lambda file: ["fit", "--config", "config.yaml", *QUIET, "--ckpt_path", file, "--trainer.max_steps", "2"],
+    "compare": lambda file: ["compare", file, "--solver", "euler:h=1", "--images", "4"],
+    "convert": lambda file: ["convert", file, "out.pth"],
+    "verify": lambda file: ["verify", file],
+}
+
+
+@pytest.mark.usefixtures("command_line")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_on_hostile_files(checkpoint, planted, capsys, command):
+    """Status 0, or 2 and one line."""
+    Path("config.yaml").write_text((checkpoint[0].parent.parent / "config.yaml").read_text())
+    for seed in range(12):
+        file = Path(f"{seed}.ckpt")
+        draw = random.Random(f"{command} {seed}")
+        content = hostile.written(hostile.misstated(checkpoint[1], draw))
+        file.write_bytes(hostile.damaged(content, draw) if seed % 4 == 3 else content)
+        status = 0
+        try:
+            main(COMMANDS[command](str(file)))
+        except SystemExit as ended:
+            status = ended.code
+        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("continuum:")]
+        assert (status, len(errors)) in ((0, 0), (2, 1)), (seed, status, errors)
+        assert not planted.exists(), seed
+
+
+@pytest.mark.usefixtures("command_line")
+@pytest.mark.parametrize("seed", range(16))
+def test_configurations(planted, capsys, seed):
+    Path("config.yaml").write_bytes(hostile.configuration(random.Random(seed)).encode())
+    status = 0
+    start = time.process_time()
+    try:
+        main(["fit", "--config", "config.yaml", *QUIET, "--trainer.max_steps", "1", "--trainer.limit_val_batches", "1"])
+    except SystemExit as ended:
+        status = ended.code
+    lines = capsys.readouterr().err.splitlines()
+    assert status in (0, 1, 2), lines
+    assert status == 0 or any(line.startswith("continuum:") for line in lines)
+    assert time.process_time() - start < 30
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a: !!float abc", "a: !!int xyz", "\tkey: 1", "a: &x [*x]", f"a: {hostile.bomb()}", "a: [", "a: !!python/name:os.system"],
+)
+@pytest.mark.usefixtures("command_line")
+def test_a_configuration_that_is_none(text, capsys):
+    Path("config.yaml").write_text(text)
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "--config", "config.yaml"])
+    assert ended.value.code == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("continuum:"))
+    assert "config.yaml is no configuration" in line
