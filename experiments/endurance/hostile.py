@@ -46,10 +46,10 @@ VALUES += (
     "(1,2)",
     "5e-324",
 )
-ODD: tuple[Any, ...] = (
-    10**9, -1, -(2**63), 10**400, 1e308, float("nan"), float("inf"), True, None, "", "x", [], {}, [[[[1]]]], [0] * 50_000,
-    "A" * 2_000_000, f"{PLANTED}.evil", {"class_path": f"{PLANTED}.Evil"}, f"!!python/object:{PLANTED}.Evil", b"bytes", 600_000_000,
-)  # fmt: skip
+ODD: tuple[Any, ...] = (10**9, -1, -(2**63), 10**400, 1e308, float("nan"), float("inf"), True, None, "", "x", [], {})
+ODD += ([[[[1]]]], [0] * 50_000, "A" * 2_000_000, b"bytes", 600_000_000, f"{PLANTED}.evil")
+ODD += ({"class_path": f"{PLANTED}.Evil"}, f"!!python/object:{PLANTED}.Evil")
+ARGUMENTS = ("width", "stages", "solver", "in_channels", "new", "downsample")
 
 
 def solver_text(draw: random.Random) -> str:
@@ -158,9 +158,7 @@ def misstated(content: dict[str, Any], draw: random.Random) -> dict[str, Any]:
     odd = copy.deepcopy(draw.choice(ODD))
     changes: list[Callable[[], Any]] = [
         lambda: stated.update(builder=draw.choice([odd, "Network", "WritePredictions", f"{PLANTED}.Evil", "__class__"])),
-        lambda: stated["arguments"].update(
-            {draw.choice(["width", "stages", "solver", "in_channels", "new", "downsample"]): odd}
-        ),
+        lambda: stated["arguments"].update({draw.choice(ARGUMENTS): odd}),
         lambda: stated.update(arguments=odd),
         lambda: stated.update(solvers=draw.choice([odd, [odd], [f"{PLANTED}.evil"], ["rk4:h=1e-8"], ["euler", "euler"]])),
         lambda: stated.update(changes=draw.choice([odd, [["refine", odd]], [["project", "hat", odd]], [["refine", 9000]] * 3])),
