@@ -5,6 +5,8 @@ import sys
 import pytest
 import torch
 
+from continuum.cli import main
+
 torch.set_num_threads(1)
 
 
@@ -13,3 +15,19 @@ def command_line(monkeypatch, tmp_path):
     """The command line in a folder of its own."""
     monkeypatch.setattr(sys, "argv", ["continuum"])
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def refused(capsys):
+    """The one line on which a command gives up, with exit status 2."""
+
+    def line(*arguments: object) -> str:
+        with pytest.raises(SystemExit) as stop:
+            main(list(map(str, arguments)))
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert stop.value.code == 2
+        assert [line for line in lines if line.startswith("continuum: ")] == lines[-1:]
+        assert "Traceback" not in "".join(lines)
+        return lines[-1]
+
+    return line

@@ -1,6 +1,10 @@
-"""Runs of Lightning on the CPU that print nothing, and what cuts them short."""
+"""Runs: of Lightning on the CPU that print nothing, what cuts them short, and of two processes."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -24,3 +28,14 @@ class StopAt(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
         if trainer.global_step == self.step:
             raise InterruptedError
+
+
+def in_two_processes(worker: Path, folder: Path, *arguments: str) -> list[int]:
+    """The exit codes of `python worker RANK FOLDER ...` for both ranks."""
+    command, environment = [sys.executable, str(worker)], {**os.environ, "OMP_NUM_THREADS": "1"}
+    ranks = [subprocess.Popen([*command, str(rank), str(folder), *arguments], env=environment) for rank in range(2)]
+    try:
+        return [rank.wait(timeout=240) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()

@@ -7,25 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from problems import FLOAT64, tanh_layers
+from problems import FLOAT64, STEPPED, halves, mlp_layers, small_mlp, states, tanh_layers
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import continuum
-from continuum import (
-    MLP,
-    RK4,
-    Autonomous,
-    Coupled,
-    Euler,
-    EulerMaruyama,
-    Expansion,
-    FixedStep,
-    Flow,
-    Momentum,
-    PiecewiseConstant,
-    SolveError,
-    StochasticDepth,
-)
+from continuum import RK4, Autonomous, Euler, EulerMaruyama, Expansion, FixedStep, Flow, Momentum, PiecewiseConstant, SolveError
 from continuum.bases import Hat
 from continuum.cli import main
 from continuum.schemes import AdamsBashforth, Coupling, LinearTwoStep
@@ -53,31 +39,8 @@ def in_place(module):
     return compiled
 
 
-def layers(wrap=lambda field: field, count=2):
-    torch.manual_seed(0)
-    return PiecewiseConstant(wrap(MLP(4, 5).double()) for _ in range(count))
-
-
-def noisy(survival=0.6, count=2):
-    return layers(lambda field: StochasticDepth(field, survival), count)
-
-
-def momentum(k=-0.3, scale=1.0):
-    return layers(lambda field: Momentum(field.scaled(scale), k))
-
-
-def halves():
-    torch.manual_seed(0)
-    return PiecewiseConstant(Coupled(MLP(2, 5).double(), MLP(2, 5).double()) for _ in range(2))
-
-
 def mlp():
-    torch.manual_seed(0)
-    return MLP(4, 5).double()
-
-
-def points(rows=5):
-    return torch.randn(rows, 4, dtype=FLOAT64, generator=torch.Generator().manual_seed(1))
+    return small_mlp(4, 5)
 
 
 def results(flow, x, seed=3):
@@ -89,8 +52,10 @@ def results(flow, x, seed=3):
     return end.detach(), *gradients
 
 
-def assert_same(compiled, flow, x=None):
-    x = points() if x is None else x
+POINTS = states(5, 4)
+
+
+def assert_same(compiled, flow, x=POINTS):
     for found, expected in zip(results(compiled, x), results(flow, x), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
@@ -98,26 +63,23 @@ def assert_same(compiled, flow, x=None):
 # One graph
 
 
-FLOWS = {
-    Euler(): [layers, mlp],
-    RK4(): [layers, mlp],
-    LinearTwoStep(): [momentum, lambda: Momentum(mlp(), -0.3)],
-    AdamsBashforth(3): [layers, mlp],
-    Coupling(): [halves],
-    EulerMaruyama(): [noisy],
-}
+FLOWS = [
+    (scheme, STEPPED[scheme]) for scheme in (Euler(), RK4(), LinearTwoStep(), AdamsBashforth(3), Coupling(), EulerMaruyama())
+]
+FLOWS += [(Euler(), lambda _: mlp()), (RK4(), lambda _: mlp()), (LinearTwoStep(), lambda _: Momentum(mlp(), -0.3))]
+FLOWS += [(AdamsBashforth(3), mlp_layers)]
 
 
 def test_four_euler_steps_are_one_graph():
     """Counted as torch explains it, without our own counter."""
     flow = Flow(tanh_layers(4), "euler", 4)
-    report = torch._dynamo.explain(flow)(points())
+    report = torch._dynamo.explain(flow)(states(5, 4))
     assert (report.graph_count, report.graph_break_count) == (1, 0)
 
 
-@pytest.mark.parametrize(("scheme", "field"), [(s, f) for s, fields in FLOWS.items() for f in fields])
+@pytest.mark.parametrize(("scheme", "field"), FLOWS)
 def test_fixed_steps_are_one_graph(graphs, scheme, field):
-    flow = Flow(field(), FixedStep(scheme), 2)
+    flow = Flow(field(2), FixedStep(scheme), 2)
     compiled = in_place(flow)
     assert_same(compiled, flow)
     assert graphs.frame_count == 1
@@ -126,7 +88,7 @@ def test_fixed_steps_are_one_graph(graphs, scheme, field):
 
 @pytest.mark.parametrize("scheme", [RK4(), LinearTwoStep(), EulerMaruyama()], ids=str)
 def test_steps_that_are_recomputed_are_in_it(graphs, scheme):
-    flow = Flow(FLOWS[scheme][0](), FixedStep(scheme, gradient="checkpoint"), 2)
+    flow = Flow(STEPPED[scheme](2), FixedStep(scheme, gradient="checkpoint"), 2)
     assert_same(in_place(flow), flow)
     assert graphs.frame_count == 1
 
@@ -251,10 +213,10 @@ def test_a_compiled_network_is_the_network(graphs, tmp_path):
 @pytest.mark.parametrize("compiled", [in_place, lambda flow: torch.compile(copy.deepcopy(flow))], ids=["in place", "around it"])
 def test_what_cannot_be_one_graph_still_solves(graphs, compiled):
     for field, solver in [
-        (halves(), "coupling:gradient=reversible"),
-        (noisy(), "milstein"),
-        (noisy(), "brownian:method=milstein,h=0.5"),
-        (layers(), "bosh3:rtol=1e-2,atol=1e-2"),
+        (halves(2), "coupling:gradient=reversible"),
+        (STEPPED[EulerMaruyama()](2), "milstein"),
+        (STEPPED[EulerMaruyama()](2), "brownian:method=milstein,h=0.5"),
+        (mlp_layers(2), "bosh3:rtol=1e-2,atol=1e-2"),
     ]:
         flow = Flow(field, solver, 2)
         assert_same(compiled(flow), flow)

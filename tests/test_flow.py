@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torchdiffeq
-from problems import FLOAT64, LOGISTIC, PROBLEMS
+from problems import FLOAT64, LOGISTIC, PROBLEMS, states
 from torch import nn
 
 from continuum import Adaptive, Expansion, Flow, PiecewiseConstant, StochasticDepth
@@ -29,16 +29,12 @@ class Driven(nn.Module):
         return torch.tanh(self.linear(y)) * torch.sin(t) + torch.cos(time)
 
 
-def points():
-    return torch.randn(3, 2, dtype=FLOAT64, generator=torch.Generator().manual_seed(1))
-
-
 # Fields from elsewhere
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_module_for_torchdiffeq_runs_as_it_is(solver):
-    module, x = Driven(), points().requires_grad_()
+    module, x = Driven(), states(3, 2).requires_grad_()
     expected = torchdiffeq.odeint(module, x, torch.tensor([0.0, 1.0], dtype=FLOAT64), rtol=1e-10, atol=1e-10)[-1]
     tight = ":rtol=1e-8,atol=1e-8" if ":" not in solver else ",rtol=1e-8,atol=1e-8"
     end = Flow(module, solver + tight if "h=" not in solver else solver, 1)(x)
@@ -63,7 +59,7 @@ def test_fields_are_made_of_such_modules_as_of_fields(build):
         flow, twin = (Flow(build(field).drift(), solver, 2) for field in (Driven(), Function(Driven())))
         torch.manual_seed(0)
         twin.load_state_dict(flow.state_dict())
-        assert torch.equal(flow(points()), twin(points()))
+        assert torch.equal(flow(states(3, 2)), twin(states(3, 2)))
 
 
 def test_a_module_of_one_argument_is_told_how_to_become_a_field():
@@ -109,10 +105,18 @@ def test_a_depth_that_is_computed_is_refused():
         Flow(MLP(2, hidden=3), "dopri5", nn.functional.softplus(raw))
 
 
-@pytest.mark.parametrize("times", [torch.tensor([[0.0, 1.0], [0.0, 2.0]]), torch.tensor(1.0), [0.0], [0.0, 1.0, 0.5]])
-def test_times_are_monotone_and_common_to_the_batch(times):
-    with pytest.raises(ValueError, match="times are"):
-        Flow(MLP(2, hidden=3), "dopri5", 2).trajectory(torch.ones(2, 2), times)
+ODD_TIMES = [[], [0], [0, 0], [0, 1, 1], [0, 1, 0.5], [1, 0, 0.5], [0, float("nan")]]
+ODD_TENSORS = [torch.tensor([[0.0, 1.0], [0.0, 2.0]]), torch.tensor(1.0)]
+
+
+@pytest.mark.parametrize("solver", ["euler:h=0.5", "dopri5"])
+@pytest.mark.parametrize(
+    ("times", "message"),
+    [*((times, "strictly monotone") for times in ODD_TIMES), *((times, "common to the batch") for times in ODD_TENSORS)],
+)
+def test_times_are_monotone_and_common_to_the_batch(times, message, solver):
+    with pytest.raises(ValueError, match=f"times are .*{message}"):
+        Flow(MLP(2, hidden=3), solver, 2).trajectory(torch.ones(2, 2), times)
 
 
 @pytest.mark.parametrize("solver", ["rk4:h=0.1", "rk4:grid=0/0.1/0.3/0.7/1", "euler_maruyama:h=0.1"])
@@ -140,7 +144,7 @@ def test_states_between_the_points_of_a_fixed_grid_are_of_order_four(problem):
 
 
 def test_times_between_the_points_of_a_fixed_grid_have_gradients():
-    flow, x = Flow(MLP(2, hidden=3).double(), "rk4:h=0.5", 1), points()
+    flow, x = Flow(MLP(2, hidden=3).double(), "rk4:h=0.5", 1), states(3, 2)
     times = torch.tensor([0.0, 0.3, 0.8, 1.0], dtype=FLOAT64, requires_grad=True)
     (found,) = torch.autograd.grad(flow.trajectory(x, times)[1].sum(), times)
     slope = flow.field(0.3, flow.trajectory(x, [0.0, 0.3, 1.0])[1]).sum()

@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 import sympy
 import torch
-from problems import FLOAT64, MATRIX, Function, tanh_layers
+from problems import FLOAT64, MATRIX, tanh_layers
 from torch import nn
 
 from continuum import Autonomous, Field, PiecewiseConstant
@@ -24,7 +24,7 @@ from continuum.analysis.equations import (
     symmetry,
 )
 from continuum.bases import Chebyshev
-from continuum.fields import MLP, Coupled, Momentum, SecondOrder
+from continuum.fields import MLP, Coupled, Function, Momentum, SecondOrder
 from continuum.schemes import (
     RK4,
     AdamsBashforth,

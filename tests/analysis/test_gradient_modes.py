@@ -5,12 +5,13 @@ import math
 
 import pytest
 import torch
-from problems import FLOAT64, Function, tanh_layers
+from problems import FLOAT64, tanh_layers
 from torch import nn
 
 import continuum
 from continuum import MLP, Autonomous, Coupled, Euler, FixedStep, Flow, Momentum, PiecewiseConstant
 from continuum.analysis.gradients import compare_gradients
+from continuum.fields import Function
 from continuum.schemes import Coupling, LinearTwoStep, Verlet
 from continuum.solvers import Adaptive, parse
 

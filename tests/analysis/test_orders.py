@@ -5,14 +5,14 @@ import math
 
 import pytest
 import torch
-from problems import FLOAT64, Function, tanh_layers
+from problems import FLOAT64, tanh_layers
 from torch import nn
 
 from continuum import Autonomous, Field, Flow, PiecewiseConstant
 from continuum.analysis import convergence
 from continuum.analysis.convergence import Convergence, deep_limit, sampled, scheme_errors
 from continuum.bases import Box, Chebyshev, Fourier, Hat
-from continuum.fields import MLP, Coupled, Momentum, ODENetBranch, Scaled, SecondOrder
+from continuum.fields import MLP, Coupled, Function, Momentum, ODENetBranch, Scaled, SecondOrder
 from continuum.noise import StochasticDepth
 from continuum.schemes import (
     RK4,

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from problems import FLOAT64, Function, Negative
+from problems import FLOAT64, Negative
 from torch import Tensor
 
 import continuum
@@ -22,6 +22,7 @@ from continuum.analysis.plots import plot_weak
 from continuum.analysis.stochastic import limit_moment, linear_moment, strong_errors, weak_errors
 from continuum.analysis.weak import weak_report
 from continuum.cli import main
+from continuum.fields import Function
 from continuum.noise import Bernoulli, Dropout, Gaussian, Law, ShakeShake, StochasticDepth, StochasticField
 from continuum.schemes import EulerMaruyama, Milstein, StochasticTwoStep
 

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 import torchdiffeq
-from problems import FLOAT64, LINEAR, LOGISTIC, MATRIX, OSCILLATOR, PROBLEMS, SEASONAL, Function, Watched, tanh_layers
+from problems import FLOAT64, LINEAR, LOGISTIC, MATRIX, OSCILLATOR, PROBLEMS, SEASONAL, Watched, tanh_layers
 
 from continuum import RK4, Autonomous, Coupled, Euler, FixedStep, Flow, Midpoint, Momentum, PiecewiseConstant, SecondOrder
-from continuum.fields import Field, Scaled, TwoColumns
+from continuum.fields import Field, Function, Scaled, TwoColumns
 from continuum.schemes import (
     AdamsBashforth,
     Coupling,
@@ -303,10 +303,7 @@ class Constant(Field):
         return torch.full_like(x, self.value)
 
 
-LAYER_SETS = {
-    "constant": lambda: PiecewiseConstant([Constant(v) for v in (1.0, 2.0, 3.0)]),
-    "tanh": lambda: tanh_layers(3),
-}
+LAYER_SETS = {"constant": lambda: PiecewiseConstant([Constant(v) for v in (1.0, 2.0, 3.0)]), "tanh": lambda: tanh_layers(3)}
 SOLVERS = [f"{name}:h={h}" for name in ("heun", "kutta3", "rk4") for h in ("1", "0.5", repr(1 / 3))]
 
 

@@ -5,12 +5,12 @@ import sys
 
 import pytest
 import torch
-from problems import FLOAT64, LINEAR, MATRIX, STARTS, Function, tanh_layers
+from problems import FLOAT64, LINEAR, MATRIX, STARTS, tanh_layers
 from torch import nn
 
 from continuum import Autonomous, Expansion, Field, FixedStep, PiecewiseConstant, SolveError
 from continuum.bases import Hat
-from continuum.fields import MLP, Coupled, Momentum, PostActivation, Scaled, TwoColumns
+from continuum.fields import MLP, Coupled, Function, Momentum, PostActivation, Scaled, TwoColumns
 from continuum.solvers import Embedded, per_image
 from continuum.solvers.packed import Packed
 from continuum.solvers.per_image import METHODS, PerImage, check_per_image

@@ -19,11 +19,7 @@ from continuum.weights import depth_smoothness
 
 
 def fit(
-    folder: Path,
-    network: Network,
-    callbacks: list[pl.Callback],
-    epochs: int = 1,
-    resume: Path | None = None,
+    folder: Path, network: Network, callbacks: list[pl.Callback], epochs: int = 1, resume: Path | None = None
 ) -> tuple[Classifier, pl.Trainer]:
     """Four steps an epoch."""
     pl.seed_everything(0)

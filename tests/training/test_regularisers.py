@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
-from problems import FLOAT64, Function
+from problems import FLOAT64
 from runs import quiet_trainer
 from torch import Tensor, nn
 
 import continuum
 from continuum import Autonomous, Expansion, Flow, Momentum, Network, PiecewiseConstant
 from continuum.bases import Basis, Box, Chebyshev, Fourier, Hat, Legendre
-from continuum.fields import MLP, Scaled
+from continuum.fields import MLP, Function, Scaled
 from continuum.training import Classifier, DepthSmoothness, Digits, Transport
 from continuum.training.regularisers import random_ends
 from continuum.weights import depth_smoothness

@@ -2,10 +2,7 @@
 
 import csv
 import itertools
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,7 @@ import torch
 from PIL import Image
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.strategies import DDPStrategy
-from runs import StopAt, quiet_trainer
+from runs import StopAt, in_two_processes, quiet_trainer
 
 import continuum
 from continuum.models.checkpoint import KEY, description
@@ -113,13 +110,7 @@ def test_two_ranks_draw_different_noise_and_learn_the_same_weights(tmp_path: Pat
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    worker = Path(__file__).parent / "noise_worker.py"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen([sys.executable, str(worker), str(rank), str(tmp_path), solver, port], env=environment)
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=240) for process in processes] == [0, 0]
+    assert in_two_processes(Path(__file__).parent / "noise_worker.py", tmp_path, solver, port) == [0, 0]
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert len(first["drawn"]) == 4
     assert all(one != other for one, other in zip(first["drawn"], second["drawn"], strict=True))

@@ -256,10 +256,7 @@ def test_momentum_and_leapfrog_networks_in_the_form_of_their_papers():
         (lambda: continuum.zoo.resnet(20, shortcut="C"), "'A' .* or 'B' .*not 'C'"),
         (lambda: continuum.zoo.resnext(30), r"9 n \+ 2.*not 30"),
         (lambda: continuum.zoo.resnext(29, cardinality=2, group_width=4, width=8), "group_width=4 .* width of 8"),
-        (
-            lambda: continuum.zoo.lm_resnext(29, cardinality=2, group_width=4, width=8),
-            "group_width=4 .* width of 8",
-        ),
+        (lambda: continuum.zoo.lm_resnext(29, cardinality=2, group_width=4, width=8), "group_width=4 .* width of 8"),
         (lambda: continuum.zoo.resnext(29, cardinality=0), "cardinality.* not 0"),
         (lambda: continuum.zoo.se_resnet(20, width=8), "reduction .*8 channels.*got 16"),
         (lambda: continuum.zoo.imagenet_resnet(20), "18, 34, 50, 101, 152.*not 20"),
