@@ -25,26 +25,9 @@ from continuum.analysis.equations import (
 )
 from continuum.bases import Chebyshev
 from continuum.fields import MLP, Coupled, Function, Momentum, SecondOrder
-from continuum.schemes import (
-    RK4,
-    AdamsBashforth,
-    Coupling,
-    Euler,
-    EulerMaruyama,
-    Fractal,
-    Heun,
-    Kutta3,
-    Leapfrog,
-    LinearTwoStep,
-    Midpoint,
-    NeumannSeries,
-    RungeKutta,
-    Scheme,
-    Tableau,
-    TwoStepMidpoint,
-    Verlet,
-)
-from continuum.schemes.runge_kutta import density, rooted_trees
+from continuum.schemes import RK4, Coupling, Euler, EulerMaruyama, Leapfrog, Midpoint, NeumannSeries, Scheme, Verlet
+from continuum.schemes.multistep import AdamsBashforth, LinearTwoStep, TwoStepMidpoint
+from continuum.schemes.runge_kutta import Fractal, Heun, Kutta3, RungeKutta, Tableau, density, rooted_trees
 from continuum.solvers import Embedded
 from continuum.weights import Expansion
 
@@ -268,10 +251,6 @@ def test_implicit_steps() -> None:
     """Backward Euler, x+ = x / (1 - z): stable but in the circle |z - 1| < 1, without a solution at its middle."""
     method = LinearMultistep((-1, 1), (0, 1))
     assert method.amplification([-3, 0.5, 1, 1 + 2j, 5]).tolist() == pytest.approx([1 / 4, 2, math.inf, 1 / 2, 1 / 4])
-    with pytest.raises(ValueError, match="finite"):
-        method.amplification([math.nan])
-    with pytest.raises(ValueError, match="not zero"):
-        dominant_rate(method, 2.0, 0.5)
 
 
 def test_the_scale_of_a_method_does_not_count() -> None:
@@ -463,46 +442,34 @@ def test_schemes_without_a_modified_equation(scheme: Scheme) -> None:
         method_of(scheme)
 
 
-def test_methods_that_are_none() -> None:
-    for alpha, beta, power in (((1,), (1,), 1), ((-1, 1), (1,), 1), ((1, 0), (1, 0), 1), ((-1, 1), (1, 0), 0)):
-        with pytest.raises(ValueError, match="alpha_m"):
-            LinearMultistep(alpha, beta, power)
-    with pytest.raises(ValueError, match="begins with z\\^2"):
-        multistep(LinearTwoStep(), -1).modified()
-    with pytest.raises(ValueError, match="begins with z\\^0"):
-        LinearMultistep((-2, 1), (1, 0)).modified()
-    with pytest.raises(ValueError, match="begins with z\\^1"):
-        LinearMultistep((-1, 1), (1, 0), power=2).modified()
-    with pytest.raises(ValueError, match="sum to 0"):
-        LinearMultistep((-1, 1), (1, -1)).modified()
-    with pytest.raises(ValueError, match="fraction"):
-        method_of(Embedded("dopri8"))
+BACKWARD = LinearMultistep((-1, 1), (0, 1))
+LM, FIELD, PAIR = multistep(LinearTwoStep()), tanh_field(), tanh_field(2)
+NONE = [((1,), (1,), 1), ((-1, 1), (1,), 1), ((1, 0), (1, 0), 1), ((-1, 1), (1, 0), 0)]
 
 
-def test_a_symbol_is_no_number() -> None:
-    method = multistep(LinearTwoStep())
-    with pytest.raises(ValueError, match=r"k=-0\.1"):
-        method.amplification([0.1])
-    with pytest.raises(ValueError, match=r"k=-0\.1"):
-        method.boundary()
-    with pytest.raises(ValueError, match=r"k=-0\.1"):
-        _ = method.zero_stable
-    with pytest.raises(ValueError, match=r"k=-0\.1"):
-        modified_rate(method, -1, 0.1)
-    for any_method in (method, one_step(Euler())):
-        with pytest.raises(ValueError, match="two points"):
-            any_method.boundary(1)
-
-
-def test_what_has_no_defect() -> None:
-    x = start()
-    with pytest.raises(TypeError, match="layer"):
-        scheme_defects(PiecewiseConstant([tanh_field()]), x, Euler(), SIZES)
-    with pytest.raises(ValueError, match="positive"):
-        scheme_defects(tanh_field(), x, Euler(), (0.1, 0.0))
-    with pytest.raises(TypeError, match="SecondOrder"):
-        scheme_defects(Coupled(tanh_field(2), tanh_field(2)), start(4), Leapfrog(), SIZES)
-    with pytest.raises(TypeError, match="Momentum"):
-        scheme_defects(tanh_field(), x, LinearTwoStep(), SIZES)
-    with pytest.raises(TypeError, match="Verlet"):
-        scheme_defects(SecondOrder(tanh_field(2)), start(4), Verlet(), SIZES)
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        *((lambda none=none: LinearMultistep(*none), ValueError, "alpha_m") for none in NONE),
+        (lambda: BACKWARD.amplification([math.nan]), ValueError, "finite"),
+        (lambda: dominant_rate(BACKWARD, 2.0, 0.5), ValueError, "not zero"),
+        (lambda: multistep(LinearTwoStep(), -1).modified(), ValueError, r"begins with z\^2"),
+        (lambda: LinearMultistep((-2, 1), (1, 0)).modified(), ValueError, r"begins with z\^0"),
+        (lambda: LinearMultistep((-1, 1), (1, 0), power=2).modified(), ValueError, r"begins with z\^1"),
+        (lambda: LinearMultistep((-1, 1), (1, -1)).modified(), ValueError, "sum to 0"),
+        (lambda: method_of(Embedded("dopri8")), ValueError, "fraction"),
+        (lambda: LM.amplification([0.1]), ValueError, r"k=-0\.1"),
+        (lambda: LM.boundary(), ValueError, r"k=-0\.1"),
+        (lambda: LM.zero_stable, ValueError, r"k=-0\.1"),
+        (lambda: modified_rate(LM, -1, 0.1), ValueError, r"k=-0\.1"),
+        *((lambda method=method: method.boundary(1), ValueError, "two points") for method in (LM, one_step(Euler()))),
+        (lambda: scheme_defects(PiecewiseConstant([FIELD]), start(), Euler(), SIZES), TypeError, "layer"),
+        (lambda: scheme_defects(FIELD, start(), Euler(), (0.1, 0.0)), ValueError, "positive"),
+        (lambda: scheme_defects(Coupled(PAIR, PAIR), start(4), Leapfrog(), SIZES), TypeError, "SecondOrder"),
+        (lambda: scheme_defects(FIELD, start(), LinearTwoStep(), SIZES), TypeError, "Momentum"),
+        (lambda: scheme_defects(SecondOrder(PAIR), start(4), Verlet(), SIZES), TypeError, "Verlet"),
+    ],
+)
+def test_methods_symbols_and_fields_without_an_equation(make, error, message):
+    with pytest.raises(error, match=message):
+        make()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import CONFIG, NETWORK
 
 import continuum
 from continuum.cli import main
@@ -22,33 +23,6 @@ Refused = Callable[..., str]
 pytestmark = pytest.mark.usefixtures("command_line")
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 CONFIGS = [EXPERIMENTS / "digits" / "demo.yaml", *sorted((EXPERIMENTS / "cifar10").glob("*.yaml"))]
-
-NETWORK = """
-model:
-  network:
-    class_path: continuum.zoo.odenet
-    init_args:
-      width: 4
-      downsample: false
-      solver: bosh3:rtol=1e-2,atol=1e-2
-"""
-CONFIG = f"""seed_everything: 1
-data:
-  class_path: continuum.training.Digits
-  init_args:
-    train_size: 64
-    batch_size: 32
-{NETWORK}
-trainer:
-  accelerator: cpu
-  max_epochs: 2
-  logger:
-    class_path: pytorch_lightning.loggers.CSVLogger
-    init_args:
-      save_dir: runs
-      name: small
-      version: ""
-"""
 
 
 def run(*arguments: str) -> None:

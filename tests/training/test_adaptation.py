@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
+import runs
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
-from runs import quiet_trainer
+from runs import quiet_trainer, same_state
 from torch import Tensor, nn
 
 import continuum
@@ -22,11 +23,9 @@ def fit(
     folder: Path, network: Network, callbacks: list[pl.Callback], epochs: int = 1, resume: Path | None = None
 ) -> tuple[Classifier, pl.Trainer]:
     """Four steps an epoch."""
-    pl.seed_everything(0)
-    model = Classifier(network, learning_rate=0.01)
-    trainer = quiet_trainer(callbacks, max_epochs=epochs, default_root_dir=folder, limit_val_batches=1)
-    trainer.fit(model, Digits(batch_size=32, train_size=128, crop=0), ckpt_path=resume)
-    return model, trainer
+    data, limits = Digits(batch_size=32, train_size=128, crop=0), {"default_root_dir": folder, "limit_val_batches": 1}
+    model = runs.fit(network, data, callbacks, resume, {"learning_rate": 0.01}, max_epochs=epochs, **limits)
+    return model, model.trainer
 
 
 def lm_resnet() -> Network:
@@ -116,10 +115,14 @@ class Stiff(Field):
         return -self.rate * (x - torch.tensor([1.0, -1.0]) - self.weight)
 
 
+def stiff(rate: float, solver: str, depth: float = 1) -> Network:
+    return Network(nn.Identity(), [Flow(Stiff(rate), solver, depth)], nn.Identity())
+
+
 def judged(rate: float, solver: str, steps: int = 1, images: Tensor | None = None, **options: int) -> str:
     """The solver after so many checks on images of class 0."""
     images = torch.tensor([[-1.0, 1.0]] * 8) if images is None else images
-    model = Classifier(Network(nn.Identity(), [Flow(Stiff(rate), solver, 1)], nn.Identity()))
+    model = Classifier(stiff(rate, solver))
     trainer = quiet_trainer()
     callback = AdaptStep(every=1, **options)
     for step in range(1, steps + 1):
@@ -214,8 +217,7 @@ def test_adapting_changes_the_solver_of_the_run_and_survives_a_resume(tmp_path: 
     assert str(continuum.load(tmp_path / "step=6.ckpt").solver) == "euler:h=0.2"
     resumed, rest = run(3, tmp_path / "step=8.ckpt")
     assert rest == steps[8:]
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[name]), name
+    assert same_state(model, resumed)
 
 
 def test_looking_leaves_no_trace(tmp_path: Path) -> None:
@@ -240,23 +242,21 @@ def test_looking_leaves_no_trace(tmp_path: Path) -> None:
     assert all(p.grad is None for p in network.parameters())
 
 
-def test_what_cannot_be_adapted_or_followed_is_refused_at_setup() -> None:
-    def setup(callback: pl.Callback, network: Network) -> None:
-        callback.setup(quiet_trainer(), Classifier(network), "fit")
-
-    with pytest.raises(TypeError, match="not linear_two_step"):
-        setup(AdaptStep(), lm_resnet())
-    with pytest.raises(TypeError, match="not rk4"):
-        setup(AdaptStep(), odenet("rk4:h=0.5"))
-    with pytest.raises(ValueError, match="m even steps a layer"):
-        setup(AdaptStep(), odenet("euler:grid=0/0.5/1"))
-    with pytest.raises(ValueError, match="whole depths"):
-        setup(AdaptStep(), Network(nn.Identity(), [Flow(Stiff(1.0), "euler:h=0.5", 1.5)], nn.Identity()))
-    with pytest.raises(TypeError, match="has none: lm_resnet"):
-        setup(KeepFriction(), odenet("euler"))
-    with pytest.raises(TypeError, match="no flow of this network"):
-        setup(LogSmoothness(), odenet("euler"))
-    with pytest.raises(TypeError, match="LogSmoothness needs a module"):
+@pytest.mark.parametrize(
+    ("callback", "network", "error", "message"),
+    [
+        (AdaptStep(), lm_resnet, TypeError, "not linear_two_step"),
+        (AdaptStep(), lambda: odenet("rk4:h=0.5"), TypeError, "not rk4"),
+        (AdaptStep(), lambda: odenet("euler:grid=0/0.5/1"), ValueError, "m even steps a layer"),
+        (AdaptStep(), lambda: stiff(1.0, "euler:h=0.5", 1.5), ValueError, "whole depths"),
+        (KeepFriction(), lambda: odenet("euler"), TypeError, "has none: lm_resnet"),
+        (LogSmoothness(), lambda: odenet("euler"), TypeError, "no flow of this network"),
+    ],
+)
+def test_what_cannot_be_adapted_or_followed_is_refused_at_setup(callback, network, error, message) -> None:
+    with pytest.raises(error, match=message):
+        callback.setup(quiet_trainer(), Classifier(network()), "fit")
+    with pytest.raises(TypeError, match="needs a module"):
         LogSmoothness().setup(quiet_trainer(), pl.LightningModule(), "fit")
 
 

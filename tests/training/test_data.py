@@ -64,18 +64,12 @@ def same(first: list[Any], second: list[Any]) -> bool:
 
 def test_digits_have_their_classes_shape_and_types() -> None:
     data = ready(Digits(batch_size=100))
-    assert data.classes == list("0123456789")
-    assert data.num_classes == 10
-    assert data.shape == (1, 8, 8)
-    assert len(data.train_images) == 1438
-    assert len(data.test_images) == 359
-    assert data.train_images.pixels.dtype == torch.uint8
-    assert data.train_images.pixels.max() == 255
+    assert (data.classes, data.num_classes) == (list("0123456789"), 10)
+    assert (data.shape, len(data.train_images), len(data.test_images)) == ((1, 8, 8), 1438, 359)
+    assert (data.train_images.pixels.dtype, data.train_images.pixels.max()) == (torch.uint8, 255)
     images, labels = data.on_after_batch_transfer(epoch(data, 0)[0], 0)
-    assert images.shape == (100, 1, 8, 8)
-    assert images.dtype == torch.float32
-    assert labels.shape == (100,)
-    assert labels.dtype == torch.int64
+    assert (images.shape, images.dtype) == ((100, 1, 8, 8), torch.float32)
+    assert (labels.shape, labels.dtype) == ((100,), torch.int64)
 
 
 def test_statistics_are_those_of_all_training_images() -> None:
@@ -254,11 +248,9 @@ def test_training_batches_are_augmented_by_their_key() -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_images_in_memory_and_from_disk_are_the_same(folder: str, workers: int) -> None:
-    held, streamed = (
-        ready(ImageFolder(folder, batch_size=4, memory_limit=limit, workers=workers, validation=0.2)) for limit in (2**31, 0)
-    )
-    assert hasattr(held.train_images, "pixels")
-    assert not hasattr(streamed.train_images, "pixels")
+    options = {"batch_size": 4, "workers": workers, "validation": 0.2}
+    held, streamed = (ready(ImageFolder(folder, memory_limit=limit, **options)) for limit in (2**31, 0))
+    assert [hasattr(data.train_images, "pixels") for data in (held, streamed)] == [True, False]
     assert held.classes == streamed.classes == ["cat", "dog"]
     assert held.shape == streamed.shape == (3, 8, 8)
     assert same(epoch(held, 2), epoch(streamed, 2))
@@ -481,8 +473,7 @@ class Linear(pl.LightningModule):
 def fit(data: ImageData, features: int, callbacks: list[pl.Callback], resume: Path | None = None, **limits: Any) -> Tensor:
     """The weights after a run on the CPU."""
     module = Linear(features)
-    trainer = quiet_trainer(callbacks, **limits)
-    trainer.fit(module, data, ckpt_path=resume)
+    quiet_trainer(callbacks, **limits).fit(module, data, ckpt_path=resume)
     return module.layer.weight.detach()
 
 
@@ -528,8 +519,7 @@ def test_a_trainer_trains_on_the_batches_of_each_epoch() -> None:
             seen.append((self.current_epoch, batch[1].tolist()))
             return super().training_step(batch)
 
-    trainer = quiet_trainer(max_epochs=3)
-    trainer.fit(Watch(64), Digits(train_size=300))
+    quiet_trainer(max_epochs=3).fit(Watch(64), Digits(train_size=300))
     alone = ready(Digits(train_size=300))
     assert seen == [(number, labels.tolist()) for number in range(3) for _, labels, _ in epoch(alone, number)]
 

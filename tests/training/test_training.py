@@ -3,16 +3,18 @@
 import csv
 import itertools
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
+import runs
 import torch
 from PIL import Image
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.strategies import DDPStrategy
-from runs import StopAt, in_two_processes, quiet_trainer
+from runs import StopAt, in_two_processes, quiet_trainer, same_state
 
 import continuum
 from continuum.models.checkpoint import KEY, description
@@ -29,33 +31,15 @@ def fit(
     folder: Path,
     epochs: int = 3,
     resume: Path | None = None,
-    checkpoints: ModelCheckpoint | None = None,
     schedule: Schedule | None = None,
-    stop_after: int = -1,
     network: continuum.Network | None = None,
-) -> Classifier:
-    """A run of five batches an epoch; `stop_after` steps it is cut short, as if it had been killed."""
-    pl.seed_everything(0)
-    model = Classifier(network or small_network(), schedule=schedule or OneCycle())
-    data = Digits(batch_size=40, train_size=200, crop=1, seed=0)
-    callbacks: list[pl.Callback] = [checkpoints] if checkpoints else []
-    if stop_after > 0:
-        callbacks.append(StopAt(stop_after))
-    trainer = quiet_trainer(callbacks, max_epochs=epochs, default_root_dir=folder)
-    try:
-        trainer.fit(model, data, ckpt_path=resume)
-    except InterruptedError:
-        assert stop_after > 0
-    return model
-
-
-def same_state(a: torch.nn.Module, b: torch.nn.Module) -> bool:
-    first, second = a.state_dict(), b.state_dict()
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
-
-def test_two_runs_with_one_seed_are_equal(tmp_path: Path) -> None:
-    assert same_state(fit(tmp_path / "a", epochs=1).network, fit(tmp_path / "b", epochs=1).network)
+    callbacks: Sequence[pl.Callback] = (),
+) -> continuum.Network:
+    """What a run of five batches an epoch makes of a network."""
+    torch.manual_seed(0)
+    network, data = network or small_network(), Digits(batch_size=40, train_size=200, crop=1, seed=0)
+    options = {"schedule": schedule or OneCycle()}
+    return runs.fit(network, data, callbacks, resume, options, max_epochs=epochs, default_root_dir=folder).network
 
 
 @pytest.mark.parametrize("schedule", [OneCycle(), Steps([1, 2])])
@@ -64,22 +48,14 @@ def test_resuming_at_an_epoch_boundary_is_the_uninterrupted_run(tmp_path: Path, 
     """Whether the checkpoint was written at the end of the epoch or of its validation."""
     whole = fit(tmp_path / "whole", schedule=schedule)
     keep = ModelCheckpoint(tmp_path / "kept", "{epoch}", save_top_k=-1, save_on_train_epoch_end=at_epoch_end)
-    fit(tmp_path / "cut", checkpoints=keep, schedule=schedule, stop_after=10)
+    fit(tmp_path / "cut", schedule=schedule, callbacks=[keep, StopAt(10)])
     for epoch in (0, 1):
         resumed = fit(tmp_path / "resumed", resume=tmp_path / "kept" / f"epoch={epoch}.ckpt", schedule=schedule)
-        assert same_state(whole.network, resumed.network), f"after epoch {epoch}"
+        assert same_state(whole, resumed), f"after epoch {epoch}"
 
 
-def test_resuming_within_an_epoch_replays_the_rest_of_it(tmp_path: Path) -> None:
-    whole = fit(tmp_path / "whole")
-    keep = ModelCheckpoint(tmp_path / "kept", "{step}", save_top_k=-1, every_n_train_steps=1)
-    fit(tmp_path / "cut", checkpoints=keep, stop_after=12)
-    for step in (2, 4, 5, 6, 9, 11):
-        resumed = fit(tmp_path / "resumed", resume=tmp_path / "kept" / f"step={step}.ckpt")
-        assert same_state(whole.network, resumed.network), f"after step {step}"
-
-
-STOCHASTIC = {
+NETWORKS = {
+    "preresnet": lambda: small_network(),
     "stochastic depth": lambda: continuum.zoo.stochastic_depth_resnet(14, width=8, in_channels=1),
     "its SDE": lambda: continuum.zoo.stochastic_depth_resnet(14, width=8, in_channels=1, solver="brownian:h=0.5"),
     "dropout": lambda: continuum.zoo.dropout_resnet(14, width=8, in_channels=1, rate=0.2),
@@ -87,21 +63,19 @@ STOCHASTIC = {
 }
 
 
-@pytest.mark.parametrize("name", STOCHASTIC)
-def test_a_resumed_run_goes_on_along_the_same_path_of_the_noise(tmp_path: Path, name: str) -> None:
-    def build() -> continuum.Network:
+@pytest.mark.parametrize("name", NETWORKS)
+def test_resuming_within_an_epoch_replays_the_rest_of_it_with_its_noise(tmp_path: Path, name: str) -> None:
+    def run(part: str, resume: Path | None = None, *callbacks: pl.Callback) -> continuum.Network:
         torch.manual_seed(0)
-        return STOCHASTIC[name]()
-
-    whole = fit(tmp_path / "whole", epochs=2, network=build())
-    again = fit(tmp_path / "again", epochs=2, network=build())
-    assert same_state(whole.network, again.network), "one seed, one path"
-    keep = ModelCheckpoint(tmp_path / "kept", "{step}", save_top_k=-1, every_n_train_steps=1)
-    fit(tmp_path / "cut", epochs=2, checkpoints=keep, stop_after=8, network=build())
-    for step in (3, 5, 7):
+        network = NETWORKS[name]()
         torch.manual_seed(1234)  # the noise goes on from the checkpoint, not from whatever was drawn before
-        resumed = fit(tmp_path / "resumed", epochs=2, resume=tmp_path / "kept" / f"step={step}.ckpt", network=build())
-        assert same_state(whole.network, resumed.network), f"after step {step}"
+        return fit(tmp_path / part, resume=resume, network=network, callbacks=callbacks)
+
+    whole = run("whole")
+    assert same_state(whole, run("again")), "one seed, one path"
+    run("cut", None, ModelCheckpoint(tmp_path / "kept", "{step}", save_top_k=-1, every_n_train_steps=1), StopAt(12))
+    for step in (2, 4, 5, 6, 9, 11):
+        assert same_state(whole, run("resumed", tmp_path / "kept" / f"step={step}.ckpt")), f"after step {step}"
 
 
 @pytest.mark.parametrize("solver", ["euler_maruyama", "brownian:h=0.5"])

@@ -28,8 +28,7 @@ def undropped(network):
     return network
 
 
-def test_every_builder_is_here():
-    assert {name.split()[0] for name in SMALL} == set(BUILDERS)
+def test_every_builder_has_its_name():
     assert all(getattr(continuum.zoo, name) is builder for name, builder in BUILDERS.items())
 
 
@@ -66,7 +65,7 @@ def test_a_network_without_flows_says_why_it_has_no_solver():
 @pytest.mark.parametrize("name", SMALL)
 def test_a_training_step_moves_every_weight(name):
     network, x = build(name)
-    if name == "fractalnet":  # a single column in half of the batches: all paths here
+    if name.startswith("fractalnet"):  # a single column in half of the batches: all paths here
         network.stages[0].drop_path = 0.0
     before = copy.deepcopy(network.state_dict())
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
@@ -75,7 +74,7 @@ def test_a_training_step_moves_every_weight(name):
     optimizer.step()
     still = [n for n, p in network.named_parameters() if torch.equal(p, before[n])]
     # FractalNet's convolutions have a bias, which the BatchNorm behind them takes away again.
-    assert not [n for n in still if not (name == "fractalnet" and n.endswith("conv.bias"))]
+    assert not [n for n in still if not (name.startswith("fractalnet") and n.endswith("conv.bias"))]
     assert all(value.isfinite().all() for value in network.state_dict().values())
 
 
@@ -124,22 +123,6 @@ def test_refinement_keeps_the_network_trainable(name):
     finer = undropped(network).refine(2)
     finer(x).square().sum().backward()
     assert all(p.grad is not None for p in finer.parameters() if p.requires_grad)
-
-
-def test_refined_momentum_converges_to_the_limit_equation():
-    """The state before a flow lies one of the original layers back: refined layers start from the same velocity."""
-    torch.manual_seed(0)
-    network = continuum.zoo.lm_resnet(14, width=4).double()
-    for flow in network.flows:
-        for name, parameter in flow.named_parameters():
-            if "conv2" in name:
-                parameter.data.mul_(0.2)
-    x = torch.randn(2, 3, 8, 8, dtype=FLOAT64)
-    with torch.no_grad():
-        limit = network.eval().with_solver("dopri5:rtol=1e-10,atol=1e-10")(x)
-        errors = [float((network.refine(k)(x) - limit).abs().max()) for k in (16, 32, 64)]
-    assert errors[0] / errors[1] == pytest.approx(2, abs=0.3)
-    assert errors[1] / errors[2] == pytest.approx(2, abs=0.3)
 
 
 def test_a_replay_of_a_refined_flow_goes_the_same_way():
