@@ -88,7 +88,8 @@ def same_state(a: nn.Module, b: nn.Module) -> bool:
 
 def in_two_processes(worker: Path, folder: Path, *arguments: str) -> list[int]:
     """The exit codes of `python worker RANK FOLDER ...` for both ranks."""
-    command, environment = [sys.executable, str(worker)], {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(worker)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     ranks = [subprocess.Popen([*command, str(rank), str(folder), *arguments], env=environment) for rank in range(2)]
     try:
         return [rank.wait(timeout=240) for rank in ranks]

@@ -219,8 +219,6 @@ def test_converted_networks_come_back_from_files(name, tmp_path):
 
 
 # Models that are refused
-
-
 class Subclass(ResNet):
     def forward(self, x):
         return -super().forward(x)
@@ -341,8 +339,6 @@ def test_networks_that_have_no_published_form_are_refused(tmp_path):
 
 
 # Checkpoints
-
-
 def plain_resnet(weights, x, training):
     """The ResNet of arXiv 1512.03385 for CIFAR written out, on a state dict with its usual names."""
 
@@ -596,8 +592,6 @@ def test_pickled_code_is_not_executed(path, tmp_path, place, legacy):
 
 
 # Programs
-
-
 def runner(path):
     """What is in an exported file, as a function of images."""
     if path.suffix == ".pt2":
@@ -676,8 +670,6 @@ def test_a_program_that_computes_otherwise_is_not_written(tmp_path, monkeypatch)
 
 
 # The command line
-
-
 def run(*arguments):
     main(["convert", *map(str, arguments)])
 

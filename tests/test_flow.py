@@ -30,8 +30,6 @@ class Driven(nn.Module):
 
 
 # Fields from elsewhere
-
-
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_module_for_torchdiffeq_runs_as_it_is(solver):
     module, x = Driven(), states(3, 2).requires_grad_()
@@ -40,8 +38,7 @@ def test_a_module_for_torchdiffeq_runs_as_it_is(solver):
     end = Flow(module, solver + tight if "h=" not in solver else solver, 1)(x)
     torch.testing.assert_close(end, expected, rtol=1e-5, atol=1e-5)
     inputs = [x, *module.parameters()]
-    for ours, theirs in zip(*(torch.autograd.grad(out.sum(), inputs) for out in (end, expected)), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(*(torch.autograd.grad(out.sum(), inputs) for out in (end, expected)), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -85,8 +82,6 @@ def test_a_field_that_writes_to_its_state_is_refused(solver, differentiated):
 
 
 # Depths and times
-
-
 def test_depths_that_do_not_fit_the_field_are_refused():
     layers = PiecewiseConstant(MLP(2, hidden=3) for _ in range(6))
     for field in (layers, Expansion(MLP(2, hidden=3), Hat(3, depth=6))):

@@ -142,8 +142,6 @@ def gradient(flow: Flow, x: Tensor) -> Tensor:
 
 
 # Solving
-
-
 @pytest.mark.parametrize("solver", SOLVERS, ids=str)
 @pytest.mark.parametrize("build", FIELDS)
 def test_every_solver_agrees_on_the_end_and_on_the_gradient(build: Callable[[], Field], solver: Solver | str) -> None:
@@ -194,8 +192,6 @@ def test_wrapped_layers_are_weights_of_depth() -> None:
 
 
 # Noise and drift
-
-
 MILSTEIN = "brownian:method=milstein,h=0.25"
 STOCHASTIC = ["euler_maruyama", "euler_maruyama:h=0.5", "euler_maruyama:increments=brownian,h=0.25", "milstein:h=0.25"]
 STOCHASTIC += [MILSTEIN, "brownian:method=euler,h=0.25", "brownian:method=srk,h=0.5", f"{MILSTEIN},rtol=0.01,atol=0.01"]
@@ -239,8 +235,6 @@ def test_moments_and_strong_order_of_own_noise() -> None:
 
 
 # Networks
-
-
 @builder
 def own_network(solver: str = "euler", noise: bool = False) -> Network:
     torch.manual_seed(0)
@@ -348,8 +342,6 @@ def test_weak_report_of_own_noise() -> None:
 
 
 # Verification
-
-
 def test_own_schemes_are_measured_as_those_of_the_library() -> None:
     (found,) = scheme_orders([Extrapolated()])
     assert found.passed

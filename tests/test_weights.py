@@ -29,8 +29,6 @@ def dense(basis, t):
 
 
 # Bases
-
-
 @pytest.mark.parametrize("size", [2, 3, 8])
 def test_hats_sum_to_one_and_are_one_at_their_nodes(size):
     basis = Hat(size, depth=3.0)
@@ -80,8 +78,6 @@ def test_every_basis_clamps_and_lists_what_is_not_zero(name):
 
 
 # Expansions
-
-
 def mlps(count):
     return [small_mlp(2, 3, seed) for seed in range(count)]
 
@@ -186,8 +182,6 @@ def test_tied_and_frozen_parameters_stay_so():
 
 
 # BatchNorm
-
-
 def norm_field(momentum=0.3):
     return Autonomous(nn.BatchNorm1d(2, momentum=momentum).double())
 
@@ -268,8 +262,6 @@ def test_batch_norm_without_statistics_is_for_every_basis():
 
 
 # Projection
-
-
 def coefficients(field):
     return {name: p.detach() for name, p in field.field.named_parameters()}
 
@@ -355,8 +347,6 @@ def test_statistics_are_projected_and_variances_stay_in_range():
 
 
 # What cannot be
-
-
 def linear(**options):
     return Autonomous(nn.Linear(2, 2, **options))
 

@@ -50,8 +50,6 @@ def one_step(scheme: Scheme) -> OneStep:
 
 
 # Coefficients
-
-
 def test_the_coefficients_of_lm_resnet() -> None:
     """rho / sigma = e^z - (1 - k) - k e^-z: c_q = (1 - (-1)^q k) / q!."""
     c = multistep(LinearTwoStep()).modified(6)
@@ -149,8 +147,6 @@ def test_an_equation_as_text(method: LinearMultistep | OneStep, text: str) -> No
 
 
 # Stability
-
-
 def backward_differentiation(steps: int) -> LinearMultistep:
     """sum_{j <= steps} (1/j) nabla^j x_{n+m} = h f_{n+m}."""
     alpha = [Q(0)] * (steps + 1)
@@ -279,8 +275,6 @@ def test_poly_2_is_stable_on_the_imaginary_axis_where_euler_is_not() -> None:
 
 
 # Growth
-
-
 @pytest.mark.parametrize(
     ("k", "exact", "modified", "crude"),
     [(-0.5, -2.06374, -2.06389, -2), (0, -1.005034, -1.005051, -1), (0.3, -0.770823, -0.770830, -1 / 1.3)],
@@ -321,7 +315,6 @@ def test_the_frequency_of_leapfrog() -> None:
 
 
 # Defects
-
 SIZES = (1 / 8, 1 / 16, 1 / 32)
 
 
@@ -434,8 +427,6 @@ def test_poly_2_on_another_field_is_of_another_equation() -> None:
 
 
 # What is refused
-
-
 @pytest.mark.parametrize("scheme", [Verlet(), Coupling(), Fractal(), EulerMaruyama()], ids=str)
 def test_schemes_without_a_modified_equation(scheme: Scheme) -> None:
     with pytest.raises(TypeError, match=f"tableau.*{type(scheme).__name__}"):

@@ -140,8 +140,6 @@ def test_a_reference_has_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # The deep limit
-
-
 @pytest.mark.parametrize(
     "basis", [Chebyshev(4, depth=3.0), Fourier(5, depth=3.0), Hat(4, depth=3.0), Hat(3, depth=0.5)], ids=str
 )

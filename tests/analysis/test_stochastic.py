@@ -29,9 +29,8 @@ OWN, BROWNIAN = EulerMaruyama("own"), EulerMaruyama("brownian")
 UNUSED = Autonomous(Negative())
 SIZES = (8, 16, 32, 64, 128)
 
+
 # Closed forms
-
-
 @pytest.mark.parametrize(
     ("p", "q", "exact", "errors"),
     [
@@ -126,7 +125,6 @@ def test_linear_moments_of_brownian_steps_are_those_of_normals() -> None:
 
 
 # Sampled paths
-
 GRID = np.linspace(-12, 12, 1201)
 NORMAL = np.polynomial.hermite_e.hermegauss(24)
 Moves = Sequence[tuple[Callable[[np.ndarray], np.ndarray], float]]
@@ -352,8 +350,6 @@ def test_sampling_repeats_itself_and_leaves_the_generator_alone() -> None:
 
 
 # Networks
-
-
 def seeded(build: Callable[..., continuum.Network], **options) -> continuum.Network:
     torch.manual_seed(0)
     network = build(14, width=4, in_channels=1, **options).double().eval()
@@ -520,8 +516,6 @@ def test_a_report_leaves_all_as_it_was() -> None:
 
 
 # The command
-
-
 def saved(name: str, network: continuum.Network) -> str:
     continuum.save(network, name)
     return name
@@ -579,8 +573,6 @@ def test_what_the_command_refuses(refused: Callable[..., str]) -> None:
 
 
 # What is refused
-
-
 def strong(field=CASES["dropout"][0], scheme=OWN, x=START, steps=(2,), paths=4):
     return strong_errors(field, scheme, x, 1.0, steps, paths, 8, 0)
 

@@ -118,8 +118,6 @@ def test_a_failure_while_writing_leaves_the_old_file(path, monkeypatch, existed,
 
 
 # What cannot be read
-
-
 EITHER = pytest.mark.parametrize("read", [load, from_checkpoint])
 """A file of ours, or one of published weights."""
 
@@ -254,8 +252,6 @@ def test_weights_of_another_network(path):
 
 
 # Networks of one's own
-
-
 @builder
 def own(hidden: int = 4, scales: tuple[float, ...] = (1.0, 2.0), field: object = None) -> Network:
     field = field or MLP(3, hidden).to(FLOAT64)

@@ -30,8 +30,6 @@ def images(channels=3):
 
 
 # Flows
-
-
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("rk4", 4)])
 def test_layers_that_do_not_vary_converge_with_the_order_of_the_scheme(solver, order):
     layer, x = tanh_layers(1).layers[0], states(3, 4)
@@ -87,7 +85,6 @@ def test_other_fields_keep_their_depth_and_take_smaller_steps(solver, k, finer):
 
 
 # Networks
-
 CASES = {
     "preresnet": ("preresnet", {}),
     "rk4": ("preresnet", {"solver": "rk4:h=0.5"}),
@@ -211,8 +208,6 @@ def test_a_frozen_network_repeats_the_adaptive_steps(tmp_path):
 
 
 # Files
-
-
 @pytest.mark.parametrize(
     "changes",
     [[["shrink", 2]], [["refine"]], [["refine", 1]], [["refine", "2"]], [["project", "hat"]], [2], 3, [["project", "hat", 2]]],
@@ -244,8 +239,6 @@ def test_changes_are_replayed_whatever_the_solver_was(tmp_path):
 
 
 # Training
-
-
 class Recorded(pl.Callback):
     """The optimiser's numbers before and after each epoch's start; placed around Refine."""
 

@@ -83,8 +83,6 @@ def test_verlet_takes_the_same_way_back():
 
 
 # What the schemes have in common
-
-
 @pytest.mark.parametrize("terms", [1, 2, 3, 4])
 def test_neumann_series_converges_to_backward_euler(terms):
     """For h f(x) = A x: the partial sums of A^j x, with a local error of O(h^(terms + 1)) against (I - A)^-1 x."""

@@ -113,8 +113,6 @@ def test_a_solve_that_takes_the_whole_budget_succeeds(method):
 
 
 # Words
-
-
 @pytest.mark.parametrize(
     ("method", "options", "reason"),
     [

@@ -106,13 +106,10 @@ def gradients(field, x, some):
 def assert_close(found, expected, within=1e-10):
     """Relative to the largest entry of all gradients."""
     size = max(float(gradient.abs().max()) for gradient in expected)
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=within * size)
+    torch.testing.assert_close(found, expected, rtol=0, atol=within * size)
 
 
 # Exactness
-
-
 FIELDS = {
     "autonomous": autonomous,
     "with time": Pulled,
@@ -230,8 +227,6 @@ def test_the_adjoint_takes_no_steps_for_the_sake_of_the_depth():
 
 
 # Precision
-
-
 class Convolved(nn.Module):
     def __init__(self):
         super().__init__()
@@ -359,8 +354,6 @@ def test_a_tolerance_below_the_rounding_of_the_field_warns(dtype, rtol, warns, g
 
 
 # Statistics and random numbers
-
-
 @pytest.mark.parametrize("options", [{}, {"first_step": 3.0}], ids=["", "rejections"])
 @pytest.mark.parametrize("make", [Normed, lambda: PiecewiseConstant([Normed(), Normed()])], ids=["smooth", "jumps"])
 def test_batch_statistics_are_those_of_one_forward_pass_in_all_modes(make, options):
@@ -418,8 +411,7 @@ def test_random_numbers_are_drawn_again_and_given_back(method, make):
         before = torch.get_rng_state()
         found.append([end, *gradients(field, x, [end])])
         assert torch.equal(torch.get_rng_state(), before)
-    for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("module", [nn.Dropout(0.3), nn.RReLU(), Drawn()], ids=["Dropout", "RReLU", "Drawn"])
@@ -434,8 +426,6 @@ def test_a_field_that_draws_in_training_is_refused(gradient, module):
 
 
 # Whatever autograd is asked for
-
-
 @pytest.mark.parametrize("case", FIELDS)
 @pytest.mark.parametrize("method", FAST)
 @EXACT
@@ -602,8 +592,6 @@ def test_parameters_put_in_the_place_of_a_fields_own_have_gradients(gradient):
 
 
 # Memory
-
-
 def peak(gradient, steps, method="dopri5"):
     """The most memory that a forward and a backward pass hold, in bytes and in states, and the cost."""
     torch.manual_seed(0)

@@ -78,8 +78,6 @@ class Split(StochasticField):
 
 
 # The path and the grid
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("n", [4, 12, 19, 23, 27, 28])
 def test_euler_is_the_plain_loop_and_takes_n_steps(kind, n):
@@ -135,17 +133,6 @@ def test_who_shares_a_number(method):
         assert all(torch.equal(a, b) != different for a, b in pairwise(y))
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_one_seed_one_path(method):
-    flow = Flow(noisy_fields()["image"][0], Brownian(method, 1 / 4), depth=1)
-    first, other, again = (seeded(flow, states(), seed) for seed in (1, 2, 1))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-    torch.manual_seed(1)
-    flow(states())
-    assert not torch.equal(flow(states()), first)  # the next solve has another path
-
-
 @pytest.mark.parametrize("options", [{}, {"rtol": 1e-2, "atol": 1e-2}], ids=["fixed", "adaptive"])
 def test_a_trajectory_is_the_solve(options):
     flow = Flow(noisy_fields()["image"][0], Brownian("milstein", 1 / 4, **options), depth=2)
@@ -166,8 +153,6 @@ def test_no_way_back():
 
 
 # Orders
-
-
 ROWS = 2000
 STEPS = (8, 16, 32, 64)
 
@@ -269,8 +254,6 @@ def test_the_cost_of_adaptive_steps():
 
 
 # Gradients
-
-
 def gradients(flow, x, seed=0):
     x = x.clone().requires_grad_()
     y = seeded(flow, x, seed)
@@ -384,8 +367,6 @@ def test_nothing_is_differentiated_that_need_not_be():
 
 
 # Knots, and layers without noise
-
-
 def layered():
     """Two layers with noise and one without between them."""
     first, plain, last = tanh_layers(3, 3, gain=2.0).layers
@@ -435,8 +416,6 @@ def test_steps_over_several_layers():
 
 
 # Evaluation mode
-
-
 @pytest.mark.parametrize(
     ("solver", "plain"),
     [
@@ -471,8 +450,6 @@ def test_a_layer_in_evaluation_mode_has_no_noise():
 
 
 # What is refused
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -513,18 +490,7 @@ def test_fields_that_are_refused(field, solver, message):
         Flow(field, solver, depth=1)
 
 
-def test_shake_shake_has_a_gradient_of_its_own():
-    flow = Flow(ShakeShake(small_mlp(), small_mlp()), Brownian(), depth=1)
-    with pytest.raises(TypeError, match="backward_mode='keep'"):
-        flow(states())
-    with torch.no_grad():
-        flow(states())
-    flow.eval()(states())
-
-
 # Failures
-
-
 def poison(row=2, start=0.5):
     """A field that is not a number in one row from a depth on."""
 

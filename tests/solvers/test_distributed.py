@@ -38,8 +38,6 @@ def test_both_ranks_come_to_the_end(run):
 
 
 # Gradients
-
-
 @pytest.mark.parametrize("name", FIXED_CASES)
 def test_fixed_steps_have_the_gradient_of_the_whole_batch(seen, name):
     assert_gradients(seen("fixed", name), 1e-12 if FIXED_CASES[name].dtype == torch.float64 else 1e-6)
@@ -78,8 +76,6 @@ def test_the_norm_of_each_batch_takes_other_steps_and_still_trains(seen):
 
 
 # Failures
-
-
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_a_state_that_is_not_finite_ends_the_solve_on_both_ranks(seen, name):
     first, second = seen("failed", name)

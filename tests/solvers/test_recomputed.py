@@ -147,8 +147,7 @@ def test_second_derivatives_and_repeated_backward_passes():
         gradient.square().sum().backward(retain_graph=True)
         loss.backward()
         found.append([gradient, x.grad, *(p.grad for p in flow.parameters())])
-    for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)
 
 
 CHANGES = [("checkpoint", "start"), ("checkpoint", "before"), ("checkpoint", "weight"), ("reversible", "weight")]
@@ -166,8 +165,6 @@ def test_what_changes_before_the_backward_pass_is_noticed(gradient, changed):
 
 
 # What is stored
-
-
 @pytest.mark.parametrize("every", [1, 2, 5, 32])
 @pytest.mark.parametrize("scheme", STEPPED, ids=str)
 def test_every_kth_state_is_stored_and_nothing_else(scheme, every):

@@ -54,8 +54,6 @@ def keep(folder: Path) -> ModelCheckpoint:
 
 
 # Smoothness and frictions
-
-
 def test_smoothness_is_logged_at_the_end_of_an_epoch_or_every_so_many_steps(tmp_path: Path) -> None:
     def plain(network: Network) -> list[float]:
         return [depth_smoothness(flow.field, 0.5).item() for flow in network.flows]  # type: ignore[arg-type]
@@ -101,8 +99,6 @@ def test_frictions_of_other_layers_start_a_new_history(tmp_path: Path) -> None:
 
 
 # The step
-
-
 class Stiff(Field):
     """x' = -rate (x - (1, -1)) on the logits of two classes: all paths lead to class 0, and steps that are too long beyond."""
 

@@ -60,8 +60,6 @@ def same(first: list[Any], second: list[Any]) -> bool:
 
 
 # What a set holds
-
-
 def test_digits_have_their_classes_shape_and_types() -> None:
     data = ready(Digits(batch_size=100))
     assert (data.classes, data.num_classes) == (list("0123456789"), 10)
@@ -116,8 +114,6 @@ def test_arguments_rebuild_the_data(data: ImageData) -> None:
 
 
 # Batches and their keys
-
-
 def test_an_epoch_shows_each_training_image_once() -> None:
     data = ready(Digits(batch_size=100, train_size=250))
     sampler = data.train_dataloader().sampler
@@ -205,8 +201,6 @@ def test_the_test_images_without_a_trainer() -> None:
 
 
 # Augmentation
-
-
 @pytest.mark.parametrize(("crop", "flip"), [(2, True), (3, False), (0, True), (0, False)])
 def test_augmentation_equals_a_loop_over_images(crop: int, flip: bool) -> None:
     """Each image is padded with black, cropped and mirrored by hand; the key's numbers are drawn in the same order."""
@@ -244,8 +238,6 @@ def test_training_batches_are_augmented_by_their_key() -> None:
 
 
 # Folders of images
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_images_in_memory_and_from_disk_are_the_same(folder: str, workers: int) -> None:
     options = {"batch_size": 4, "workers": workers, "validation": 0.2}
@@ -392,8 +384,6 @@ def test_transparent_pixels_show_black_whatever_colour_they_hide(tmp_path: Path)
 
 
 # Downloads and arguments
-
-
 @pytest.mark.parametrize("kind", [MNIST, CIFAR10])
 def test_a_failed_download_says_where_the_data_belong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any) -> None:
     def no_network(*_: object, **__: object) -> None:
@@ -451,8 +441,6 @@ def test_bad_arguments_are_refused(make: Callable[[], object], complaint: str) -
 
 
 # Under Lightning
-
-
 class Linear(pl.LightningModule):
     def __init__(self, features: int) -> None:
         super().__init__()

@@ -124,8 +124,6 @@ def test_the_gradient_of_smoothness(basis: Basis | None) -> None:
 
 
 # Integrals along a solve
-
-
 def mlp_flow(solver: str, layers: int = 3) -> Flow:
     torch.manual_seed(1)
     fields = [Autonomous(nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 2))) for _ in range(layers)]
@@ -230,8 +228,6 @@ def test_penalties_have_the_gradient_of_every_mode(solver: str) -> None:
 
 
 # Penalties
-
-
 def test_the_jacobian_energy_is_the_exact_one_in_the_mean() -> None:
     """With two entries |e^T J|^2 takes two values only, one for equal signs and one for others."""
     matrix = torch.tensor([[0.3, -1.2], [0.8, 0.5]], dtype=FLOAT64)

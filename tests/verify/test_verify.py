@@ -24,9 +24,8 @@ from continuum.verify.certificate import GRADIENTS, SMALL, certify, small, some_
 from continuum.verify.plain import PLAIN, bare
 from continuum.zoo import BUILDERS
 
+
 # Networks and their plain loops
-
-
 def test_every_builder_has_a_plain_loop_and_a_small_network() -> None:
     assert list(PLAIN) == list(BUILDERS)
     assert {name.split()[0] for name in SMALL} == set(BUILDERS)
@@ -207,8 +206,6 @@ def test_networks_without_a_plain_loop() -> None:
 
 
 # Schemes
-
-
 def test_every_scheme_has_its_order() -> None:
     assert {type(scheme) for scheme in SCHEMES} == {type(scheme) for scheme in KNOWN}
     orders = list(scheme_orders())
@@ -226,7 +223,6 @@ def test_every_reversible_scheme_is_undone() -> None:
 
 
 # Parameters
-
 COUNTS = {
     # Counted layer by layer, and equal to the published roundings.
     "ResNet-20": {10: 269_722, 100: 275_572},
@@ -335,8 +331,6 @@ def test_counts_of_networks_for_imagenet(name: str) -> None:
 
 
 # Commands
-
-
 def test_models_lists_the_zoo_and_the_counts(capsys: pytest.CaptureFixture[str]) -> None:
     main(["models"])
     out = capsys.readouterr().out

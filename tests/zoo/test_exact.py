@@ -59,8 +59,6 @@ def test_torchdiffeq_on_the_integer_grid_is_the_residual_network():
 
 
 # Parameters
-
-
 @pytest.mark.parametrize(("width", "millions"), [(32, "2.92"), (64, "11.65"), (96, "26.19"), (112, "35.64")])
 def test_parameter_counts_of_shake_shake(width, millions):
     with torch.device("meta"):
@@ -103,8 +101,6 @@ def test_k_starts_slightly_negative():
 
 
 # One set of weights under many solvers
-
-
 KS = (-0.3, 0.2, -0.05)
 MOMENTUM = PiecewiseConstant(Momentum(layer, k).double() for layer, k in zip(tanh_layers(3).layers, KS, strict=True))
 
@@ -126,8 +122,6 @@ def test_refined_linear_two_step_converges_to_the_limit_equation():
 
 
 # What a flow can and cannot do
-
-
 def fitted(flow, augment):
     """The mean square error of x -> -x on 16 points of [-1, 1] after training through `flow`."""
     x = torch.linspace(-1, 1, 16).reshape(-1, 1)

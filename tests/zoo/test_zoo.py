@@ -134,8 +134,6 @@ def test_a_replay_of_a_refined_flow_goes_the_same_way():
 
 
 # What networks are made of
-
-
 def test_post_activation_is_the_block_bit_for_bit():
     torch.manual_seed(0)
     for dtype in (torch.float32, FLOAT64, torch.bfloat16):
@@ -230,8 +228,6 @@ def test_momentum_and_leapfrog_networks_in_the_form_of_their_papers():
 
 
 # Bad input
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -276,23 +272,6 @@ def test_momentum_and_leapfrog_networks_in_the_form_of_their_papers():
 def test_arguments_that_no_network_has(make, message):
     with pytest.raises(ValueError, match=message):
         make()
-
-
-def test_dropout_under_an_adaptive_solver():
-    """In training its noise would pass for an error of the step; in evaluation there is none."""
-    network = continuum.zoo.wide_resnet(16, 1, dropout=0.3).eval().with_solver("dopri5:rtol=1e-1,atol=1e-1")
-    x = torch.randn(2, 3, 8, 8)
-    assert network(x).isfinite().all()
-    with pytest.raises(TypeError, match=r"draws random numbers .*eval\(\) mode"):
-        network.train()(x)
-
-
-def test_shake_shake_with_brownian_increments():
-    """They are paths of an equation, whose gradients are those of what was computed."""
-    solver, x = "euler_maruyama:increments=brownian", torch.randn(2, 3, 8, 8)
-    with pytest.raises(TypeError, match="no gradient of any path"):
-        continuum.zoo.shake_shake(14, 4, solver=solver)(x)
-    assert continuum.zoo.shake_shake(14, 4, backward_mode="keep", solver=solver)(x).isfinite().all()
 
 
 def test_drop_path_draws_a_column_or_thins_out_joins():
