@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -142,3 +143,20 @@ class Normed(Field):
 def states(*shape: int, dtype: torch.dtype = FLOAT64, seed: int = 1) -> Tensor:
     """Standard normal numbers of this shape, or of (4, 3)."""
     return torch.randn(shape or (4, 3), dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def solved(flow, x, previous=None, precision=None, seed=3) -> dict[str, Tensor]:
+    """End state, gradients of start and parameters, and buffers, after a forward and a backward pass."""
+    flow.zero_grad()
+    x = x.clone().requires_grad_()
+    torch.manual_seed(seed)
+    with torch.autocast("cpu", dtype=precision or torch.bfloat16, enabled=precision is not None):
+        end = flow(x, previous)
+    end.square().sum().backward()
+    gradients = {name: p.grad for name, p in flow.named_parameters() if p.grad is not None}
+    return {"end": end.detach(), "start": x.grad, **gradients, **dict(flow.named_buffers())}
+
+
+def each(values, make: Callable, error: type[Exception], message: str) -> list[tuple]:
+    """Rows of a table of what is refused, where make(value) is for the same reason."""
+    return [(partial(make, value), error, message) for value in values]

@@ -1,15 +1,13 @@
 """Compiled flows: as many graphs as there are to be, with the numbers of the eager flow, whatever was compiled before."""
 
 import copy
-import functools
 import inspect
 from pathlib import Path
 
 import pytest
 import torch
-from problems import FLOAT64, STEPPED, halves, mlp_layers, small_mlp, states, tanh_layers
+from problems import FLOAT64, STEPPED, halves, mlp_layers, small_mlp, solved, states, tanh_layers
 from runs import CONFIG
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import continuum
 from continuum import RK4, Autonomous, Euler, EulerMaruyama, Expansion, FixedStep, Flow, Momentum, PiecewiseConstant, SolveError
@@ -18,20 +16,7 @@ from continuum.cli import main
 from continuum.schemes import AdamsBashforth, Coupling, LinearTwoStep
 from continuum.solvers.arithmetic import FusedSums, Sums, _fused
 
-
-@pytest.fixture
-def graphs(request, monkeypatch):
-    """Counts graphs, which run as they are traced instead of as machine code, in less than a tenth of the time."""
-    counter = CompileCounterWithBackend(getattr(request, "param", "eager"))
-    compiler = torch.compile
-
-    @functools.wraps(compiler)
-    def compile_eagerly(*args, **options):
-        return compiler(*args, backend=counter, **options)
-
-    monkeypatch.setattr(torch, "compile", compile_eagerly)
-    yield counter
-    torch._dynamo.reset()  # behind a test, not within: the graphs of `torch.compile` count for all flows of the process
+POINTS = states(5, 4)
 
 
 def in_place(module):
@@ -44,20 +29,9 @@ def mlp():
     return small_mlp(4, 5)
 
 
-def results(flow, x, seed):
-    """End state and gradients of x and the parameters of `flow`."""
-    x = x.clone().requires_grad_()
-    torch.manual_seed(seed)
-    end = flow(x)
-    gradients = torch.autograd.grad(end.square().sum(), [x, *flow.parameters()], allow_unused=True, materialize_grads=True)
-    return end.detach(), *gradients
-
-
-POINTS = states(5, 4)
-
-
 def assert_same(compiled, flow, x=POINTS, seed=3):
-    torch.testing.assert_close(results(compiled, x, seed), results(flow, x, seed), rtol=1e-12, atol=1e-12)
+    found, expected = (list(solved(other, x, seed=seed).values()) for other in (compiled, flow))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 # One graph

@@ -14,6 +14,8 @@ from continuum.fields import MLP, Autonomous, Function, TwoColumns
 
 SOLVERS = ["rk4:h=0.0625", "adams_bashforth:order=3,h=0.015625", "bosh3", "dopri8", "rk4:h=0.0625,gradient=checkpoint"]
 SOLVERS += ["dopri5:gradient=adjoint", "dopri5:engine=torchdiffeq"]
+ODD_TIMES = [[], [0], [0, 0], [0, 1, 1], [0, 1, 0.5], [1, 0, 0.5], [0, float("nan")]]
+ODD_TENSORS = [torch.tensor([[0.0, 1.0], [0.0, 2.0]]), torch.tensor(1.0)]
 
 
 class Driven(nn.Module):
@@ -59,12 +61,6 @@ def test_fields_are_made_of_such_modules_as_of_fields(build):
         assert torch.equal(flow(states(3, 2)), twin(states(3, 2)))
 
 
-def test_a_module_of_one_argument_is_told_how_to_become_a_field():
-    for wrong in (nn.Linear(2, 2), lambda t, x: x):
-        with pytest.raises(TypeError, match=r"forward\(t, x\), not a .*Autonomous\(module\).*Function\(function\)"):
-            Flow(wrong, "euler", 1)
-
-
 @pytest.mark.parametrize(
     "solver", ["rk4", "rk4:gradient=checkpoint", "dopri5", "dopri5:gradient=adjoint", "dopri5:engine=torchdiffeq"]
 )
@@ -92,16 +88,6 @@ def test_depths_that_do_not_fit_the_field_are_refused():
     for solver in ("rk4", "dopri5"):
         with pytest.raises(ValueError, match=r"increasing order.*\(0\.8, 0\.37\)"):
             Flow(Function(lambda t, x: x, knots=(0.8, 0.37)), solver, 1)
-
-
-def test_a_depth_that_is_computed_is_refused():
-    raw = nn.Parameter(torch.tensor(0.3))
-    with pytest.raises(TypeError, match=r"computed from something learnt.*register_parametrization"):
-        Flow(MLP(2, hidden=3), "dopri5", nn.functional.softplus(raw))
-
-
-ODD_TIMES = [[], [0], [0, 0], [0, 1, 1], [0, 1, 0.5], [1, 0, 0.5], [0, float("nan")]]
-ODD_TENSORS = [torch.tensor([[0.0, 1.0], [0.0, 2.0]]), torch.tensor(1.0)]
 
 
 @pytest.mark.parametrize("solver", ["euler:h=0.5", "dopri5"])

@@ -1,7 +1,6 @@
 """A field, a scheme, a solver and a noise from outside the library, each in one class, run under everything inside it."""
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -274,16 +273,7 @@ def test_files_refuse_solvers_that_text_cannot_name(solver: Solver, tmp_path: Pa
     assert torch.equal(loaded(images()), network.eval()(images()))
 
 
-@pytest.fixture
-def compiled_eagerly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Graphs run as they are traced instead of as machine code."""
-    compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", functools.wraps(compiler)(functools.partial(compiler, backend="eager")))
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("compiled_eagerly")
+@pytest.mark.usefixtures("graphs")
 @pytest.mark.parametrize("solver", [*OWN, "rk4", "dopri5"], ids=str)
 def test_compiled_networks_compute_the_same(solver: Solver | str) -> None:
     network = build_network(solver)

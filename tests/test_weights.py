@@ -125,13 +125,6 @@ def test_gradients_are_those_of_the_weights_written_out(name):
         assert all(coefficient.any() for coefficient in ours[key])
 
 
-@pytest.mark.parametrize("solver", ["euler", "rk4:h=0.25", "dopri5:rtol=1e-8,atol=1e-8"])
-def test_equal_layers_under_any_solver(solver):
-    (layer,), x = mlps(1), states(5, 2)
-    expected = Flow(layer, solver, 2)(x)
-    torch.testing.assert_close(Flow(Expansion(layer, Hat(3, 2.0)), solver, 2)(x), expected, rtol=1e-7, atol=1e-7)
-
-
 @pytest.mark.parametrize("name", ["hat", "legendre"])
 def test_it_compiles_into_one_graph(name):
     field = Autonomous(PreActivation(2, 2)) if name == "hat" else Autonomous(nn.Conv2d(2, 2, 3, padding=1))

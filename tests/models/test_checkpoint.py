@@ -28,6 +28,10 @@ NETWORKS = {
     "mlp": (lambda: mlp(hidden=8, augment=1, solver=FixedStep(AdamsBashforth(3), h=1 / 7)), (5, 2)),
     "another solver": (lambda: preresnet(14, width=4).with_solver("dopri5:rtol=1e-2,atol=1e-2"), (2, 3, 8, 8)),
 }
+EITHER = pytest.mark.parametrize("read", [load, from_checkpoint])
+"""A file of ours, or one of published weights."""
+BYTES = [b"", b"hello", b"\x80\x02}q\x00.", b"PK\x03\x04", random.Random(0).randbytes(500)]
+CONTENTS = [{}, [1], torch.zeros(2), {"state_dict": {}}, {"continuum": 3}, {"continuum": {}}]
 
 
 @pytest.fixture
@@ -118,8 +122,6 @@ def test_a_failure_while_writing_leaves_the_old_file(path, monkeypatch, existed,
 
 
 # What cannot be read
-EITHER = pytest.mark.parametrize("read", [load, from_checkpoint])
-"""A file of ours, or one of published weights."""
 
 
 def refusal(path, read=load, **options):
@@ -138,10 +140,6 @@ def test_a_missing_file(tmp_path, read):
         with pytest.raises(FileNotFoundError, match="no checkpoint at") as caught:
             read(missing)
         assert "\n" not in str(caught.value)
-
-
-BYTES = [b"", b"hello", b"\x80\x02}q\x00.", b"PK\x03\x04", random.Random(0).randbytes(500)]
-CONTENTS = [{}, [1], torch.zeros(2), {"state_dict": {}}, {"continuum": 3}, {"continuum": {}}]
 
 
 @EITHER

@@ -12,7 +12,7 @@ import torch
 from networks import build
 from problems import states, tanh_layers
 from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
-from runs import StopAt
+from runs import StopAt, same_state
 from torch import nn
 
 import continuum
@@ -23,6 +23,9 @@ from continuum.models import Augment, builder
 from continuum.training import Classifier, Digits, OneCycle, Refine, Schedule, Steps
 from continuum.weights import Expansion
 from continuum.zoo import lm_resnet, mlp, preresnet
+
+FINER = [(FixedStep(Euler(), h=0.5), 3, FixedStep(Euler(), h=0.5 / 3)), (FixedStep(RK4(), h=2), 2, FixedStep(RK4(), h=1))]
+FINER += [(FixedStep(RK4(), h=2), 4, FixedStep(RK4(), h=0.5)), (Adaptive("bosh3"), 2, Adaptive("bosh3"))]
 
 
 def images(channels=3):
@@ -62,26 +65,14 @@ def test_a_scaled_layer_is_not_wrapped_again():
     assert torch.equal(flow.refine(2).refine(2)(x), finer(x))
 
 
-@pytest.mark.parametrize(
-    ("solver", "k", "finer"),
-    [
-        (FixedStep(Euler(), h=0.5), 3, FixedStep(Euler(), h=0.5 / 3)),
-        (FixedStep(RK4(), h=2), 2, FixedStep(RK4(), h=1)),
-        (FixedStep(RK4(), h=2), 4, FixedStep(RK4(), h=0.5)),
-        (Adaptive("bosh3", rtol=1e-4), 2, Adaptive("bosh3", rtol=1e-4)),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("solver", "k", "finer"), FINER, ids=str)
 def test_other_fields_keep_their_depth_and_take_smaller_steps(solver, k, finer):
     for field in (MLP(2, 3), Expansion(MLP(2, 3), Hat(3, 2.0))):
-        flow = Flow(field, solver, 2).eval()
-        assert flow.refine(k).solver == finer
-        assert flow.refine(k).depth == 2
-        assert not flow.refine(k).training
-        assert not {p.data_ptr() for p in flow.parameters()} & {p.data_ptr() for p in flow.refine(k).parameters()}
-        with_smaller_steps = flow.with_solver(finer)
-        x = states(3, 2).float()
-        assert torch.equal(flow.refine(k)(x), with_smaller_steps(x))
+        flow, x = Flow(field, solver, 2).eval(), states(3, 2).float()
+        refined = flow.refine(k)
+        assert (refined.solver, refined.depth, refined.training) == (finer, 2, False)
+        assert not {p.data_ptr() for p in flow.parameters()} & {p.data_ptr() for p in refined.parameters()}
+        assert torch.equal(refined(x), flow.with_solver(finer)(x))
 
 
 # Networks
@@ -152,12 +143,12 @@ def test_logits_converge_with_order_one_to_those_of_the_equation(case):
 def test_copies_are_independent(inhabitant):
     network, x = inhabitant
     piecewise = isinstance(network.flows[0].field, PiecewiseConstant)
-    before = copy.deepcopy(network.state_dict())
+    before = copy.deepcopy(network)
     others = [network.refine(2)] + ([network.project("hat", 2)] if piecewise else [])
     for other in others:
         other.train()(x).square().sum().backward()
         torch.optim.SGD(other.parameters(), lr=0.1).step()
-    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert same_state(network, before)
     assert all(p.grad is None for p in network.parameters())
 
 
@@ -189,10 +180,10 @@ def test_a_frozen_network_repeats_the_adaptive_steps(tmp_path):
     torch.manual_seed(0)
     network, x = preresnet(14, width=2, solver="dopri5:rtol=1e-2,atol=1e-2").double(), images().double()
     network.stages[2] = network.stages[2].with_solver("euler")
-    modes, before = [m.training for m in network.modules()], copy.deepcopy(network.state_dict())
+    modes, before = [m.training for m in network.modules()], copy.deepcopy(network)
     frozen = network.frozen(x)
     assert [m.training for m in network.modules()] == modes
-    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert same_state(network, before)
     assert all(a is b for a, b in zip(network.parameters(), frozen.parameters(), strict=True))
     with torch.no_grad():
         torch.testing.assert_close(frozen.eval()(x), network.eval()(x), rtol=1e-10, atol=1e-10)
@@ -246,22 +237,13 @@ class Recorded(pl.Callback):
         self.seen: list[dict[str, object]] = []
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        optimizer = trainer.optimizers[0]
-        network = pl_module.network
-        self.seen.append(
-            {
-                "momentum": {
-                    name: optimizer.state[p]["momentum_buffer"].clone()
-                    for name, p in network.named_parameters()
-                    if p in optimizer.state
-                },
-                "options": [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
-                "schedules": [copy.deepcopy(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs],
-                "optimised": {id(p) for group in optimizer.param_groups for p in group["params"]},
-                "parameters": {id(p) for p in network.parameters()},
-                "network": network,
-            }
-        )
+        (optimizer,), network = trainer.optimizers, pl_module.network
+        held = [(name, optimizer.state[p]) for name, p in network.named_parameters() if p in optimizer.state]
+        seen = {"momentum": {name: state["momentum_buffer"].clone() for name, state in held}}
+        seen["options"] = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        seen["schedules"] = [copy.deepcopy(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs]
+        seen["optimised"] = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self.seen.append({**seen, "parameters": {id(p) for p in network.parameters()}, "network": network})
 
 
 def fit(
@@ -328,14 +310,12 @@ def test_other_fields_are_trained_with_smaller_steps(tmp_path: Path) -> None:
 @pytest.mark.parametrize("schedule", [OneCycle(), Steps([1, 3])])
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, schedule: Schedule) -> None:
     """Cut at any place: before, at, within and after the epochs that begin with a refinement."""
-    whole = fit(tmp_path, [Refine([1, 2])], schedule).network.state_dict()
+    whole = fit(tmp_path, [Refine([1, 2])], schedule).network
     every = ModelCheckpoint(tmp_path / "kept", "{step}", save_top_k=-1, every_n_train_steps=1)
     fit(tmp_path, [Refine([1, 2]), every, StopAt(11)], schedule)
     for step, changes in ((2, 0), (3, 0), (4, 1), (6, 1), (8, 2), (10, 2)):
         path = tmp_path / "kept" / f"step={step}.ckpt"
-        resumed = fit(tmp_path, [Refine([1, 2])], schedule, resume=path).network.state_dict()
-        assert resumed.keys() == whole.keys(), f"after step {step}"
-        assert all(torch.equal(value, whole[name]) for name, value in resumed.items()), f"after step {step}"
+        assert same_state(fit(tmp_path, [Refine([1, 2])], schedule, resume=path).network, whole), f"after step {step}"
         loaded = load(path)
         assert loaded.blueprint.changes == (("refine", 2),) * changes
         with torch.no_grad():

@@ -18,6 +18,12 @@ LOW = [Euler(), Midpoint(), Heun(), Kutta3(), RK4(), *map(AdamsBashforth, (2, 3,
 LOW += [TwoStepMidpoint(), *map(NeumannSeries, (1, 2, 3))]
 LOW += [Embedded(pair) for pair in PAIRS if Embedded(pair).order < 5]
 HIGH = {"dopri5": (32, 64), "dopri8": (2, 4)}
+PENDULUM = Coupled(Function(lambda t, v: v), Function(lambda t, q: -torch.sin(q) + 0.3 * math.cos(t)))
+MULTISTEP = [AdamsBashforth(2), AdamsBashforth(4), LinearTwoStep()]
+CONSTANT = PiecewiseConstant(Function(lambda t, x, v=v: torch.full_like(x, v)) for v in (1.0, 2.0, 3.0))
+SOLVERS = [f"{name}:h={h}" for name in ("heun", "kutta3", "rk4") for h in ("1", "0.5", repr(1 / 3))]
+BACK = pytest.mark.parametrize("back", [False, True], ids=["forth", "back"])
+PRECISE = pytest.mark.parametrize("dtype", [torch.float32, FLOAT64], ids=str)
 
 
 @torch.no_grad()
@@ -60,9 +66,6 @@ def test_linear_two_step_with_k_one_is_the_second_order_midpoint_rule():
     """The error term (1 - k) h/2 u'' vanishes for k = 1."""
     field = Momentum(OSCILLATOR.field, 1.0).double()
     assert measured_order(OSCILLATOR, field, LinearTwoStep(), (64, 128), speed=0.5) == pytest.approx(2, abs=0.15)
-
-
-PENDULUM = Coupled(Function(lambda t, v: v), Function(lambda t, q: -torch.sin(q) + 0.3 * math.cos(t)))
 
 
 @pytest.mark.parametrize("scheme", [Coupling(), Leapfrog(), Verlet()], ids=repr)
@@ -158,19 +161,12 @@ def test_every_adaptive_pair_was_measured():
 HEUN = {"c": (0, 1), "a": ((), (1,)), "b": (1 / 2, 1 / 2), "order": 2}
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"a": ((), (0.9,))}, "row 1 .* sums to 0.9"),
-        ({"c": (0.1, 1)}, "row 0"),
-        ({"order": 3}, "not of order 3"),
-        ({"b": (0.4, 0.5)}, "condition of order 1"),
-        ({"b": (0.4, 0.6)}, "condition of order 2"),
-        ({"c": (0, 1, 1)}, "2 stages"),
-        ({"a": ((),)}, "2 stages"),
-        ({"a": ((), (0.5, 0.5))}, "row i with i entries"),
-    ],
-)
+WRONG = [({"a": ((), (0.9,))}, "row 1 .* sums to 0.9"), ({"c": (0.1, 1)}, "row 0"), ({"order": 3}, "not of order 3")]
+WRONG += [({"b": (0.4, 0.5)}, "condition of order 1"), ({"b": (0.4, 0.6)}, "condition of order 2")]
+WRONG += [({"c": (0, 1, 1)}, "2 stages"), ({"a": ((),)}, "2 stages"), ({"a": ((), (0.5, 0.5))}, "row i with i entries")]
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG)
 def test_tableau_refuses_wrong_coefficients(change, message):
     Tableau(**HEUN)
     with pytest.raises(ValueError, match=message):
@@ -237,9 +233,6 @@ def test_adams_bashforth_starts_anew_at_knots(order):
     assert torch.equal(Flow(layers, solver, depth=3)(x), expected)
 
 
-MULTISTEP = [AdamsBashforth(2), AdamsBashforth(4), LinearTwoStep()]
-
-
 def test_multistep_schemes_take_even_grids():
     assert [FixedStep(scheme, grid=(0.0, 0.5, 1.0)).scheme for scheme in MULTISTEP] == MULTISTEP
 
@@ -257,10 +250,6 @@ def test_linear_two_step_takes_the_state_one_layer_before(h):
     x = torch.ones(1, 2, dtype=FLOAT64)
     end = Flow(field, FixedStep(LinearTwoStep(), h=h), depth=3)(x, x - slope)
     torch.testing.assert_close(end, x + 3 * slope, rtol=1e-7, atol=0)
-
-
-CONSTANT = PiecewiseConstant(Function(lambda t, x, v=v: torch.full_like(x, v)) for v in (1.0, 2.0, 3.0))
-SOLVERS = [f"{name}:h={h}" for name in ("heun", "kutta3", "rk4") for h in ("1", "0.5", repr(1 / 3))]
 
 
 @pytest.mark.parametrize("back", [False, True], ids=["forth", "back"])
@@ -284,10 +273,6 @@ def listed(depth):
         return Function(lambda t, x: calls.append(number) or x)
 
     return PiecewiseConstant(layer(k) for k in range(depth)), calls
-
-
-BACK = pytest.mark.parametrize("back", [False, True], ids=["forth", "back"])
-PRECISE = pytest.mark.parametrize("dtype", [torch.float32, FLOAT64], ids=str)
 
 
 def steps_of(depth, solver, dtype, back):

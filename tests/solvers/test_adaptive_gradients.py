@@ -19,6 +19,9 @@ from continuum.fields import Function, PreActivation
 FAST = ["dopri5", "bosh3", "dopri8"]
 EXACT = pytest.mark.parametrize("gradient", ["direct", "checkpoint"])
 ALL = pytest.mark.parametrize("gradient", ["direct", "checkpoint", "adjoint"])
+NARROW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+TOLERANCES = [(torch.bfloat16, 7e-3, True), (torch.bfloat16, 8e-3, False), (torch.float16, 9e-4, True)]
+TOLERANCES += [(torch.float16, 1e-3, False), (torch.float32, 1e-7, True), (torch.float32, 2e-7, False)]
 
 
 def constant(h):
@@ -121,24 +124,19 @@ FIELDS = {
 }
 
 
-@pytest.mark.parametrize("times", [(0.0, 1.0), (0.7, 0.2), (0.0, 0.4, 1.0)], ids=str)
-@pytest.mark.parametrize("case", ["autonomous", "with time"])
+SPANS, FOUR_TIMES = ((0.0, 1.0), (0.7, 0.2), (0.0, 0.4, 1.0)), (0.0, 0.4, 1.0, 2.0)
+CHECKED = [(case, times, slice(1, 2)) for case in ("autonomous", "with time") for times in SPANS]
+CHECKED += [("jumps", (0.0, 2.0), slice(1, 2)), ("jumps", (1.7, 0.2), slice(0, 2)), ("jumps", FOUR_TIMES, slice(1, 3))]
+
+
+@pytest.mark.parametrize(("case", "times", "counted"), CHECKED)
 @pytest.mark.parametrize("method", FAST)
 @EXACT
-def test_gradcheck(gradient, method, case, times):
+def test_gradcheck(gradient, method, case, times, counted):
+    """Also of states in which the second of two layers has no part."""
     field = FIELDS[case]()
-    flow = Flow(field, Adaptive(method, gradient=gradient, **constant(0.5)), depth=1)
-    assert gradcheck(lambda x, *_: flow.trajectory(x, times)[1], (states(2, 2).requires_grad_(), *field.parameters()))
-
-
-@EXACT
-def test_gradcheck_where_the_field_jumps(gradient):
-    field = tanh_layers(2, features=2, gain=2.0)
-    flow = Flow(field, Adaptive("dopri5", gradient=gradient, **constant(0.5)), depth=2)
-    inputs = (states(1, 2).requires_grad_(), *field.parameters())
-    assert gradcheck(lambda x, *_: flow(x), inputs)
-    assert gradcheck(lambda x, *_: flow.trajectory(x, (1.7, 0.2)), inputs)
-    assert gradcheck(lambda x, *_: flow.trajectory(x, (0, 0.4, 1, 2))[1:3], inputs), "the second layer has no part in these"
+    flow = Flow(field, Adaptive(method, gradient=gradient, **constant(0.5)), depth=2)
+    assert gradcheck(lambda x, *_: flow.trajectory(x, times)[counted], (states(1, 2).requires_grad_(), *field.parameters()))
 
 
 @pytest.mark.parametrize(
@@ -148,12 +146,10 @@ def test_gradcheck_where_the_field_jumps(gradient):
 @pytest.mark.parametrize("method", FAST)
 def test_gradients_are_those_of_the_unrolled_steps(method, case, times, counted):
     """With a loss on all times, or on some of them."""
-    field, x = FIELDS[case](), states(3, 2).requires_grad_()
-    found = {}
+    field, x, found = FIELDS[case](), states(3, 2).requires_grad_(), {}
     for gradient in ("direct", "checkpoint"):
         flow = Flow(field, Adaptive(method, 1e-4, 1e-4, gradient=gradient), depth=2)
-        path = flow.trajectory(x, times, exact=True)
-        found[gradient] = gradients(field, x, [path[i] for i in counted])
+        found[gradient] = gradients(field, x, flow.trajectory(x, times, exact=True)[list(counted)])
     path = unrolled(field, x, flow.cost.grid, method)
     expected = gradients(field, x, [path[flow.cost.grid.index(times[i])] for i in counted])
     assert_close(found["checkpoint"], found["direct"])
@@ -217,9 +213,7 @@ def test_the_adjoint_takes_no_steps_for_the_sake_of_the_depth():
     """torchdiffeq solves for a gradient of the times too; where they jump at knots, in hundreds of steps."""
     field = on_hats()
     asked = []
-    field.register_forward_pre_hook(
-        lambda field, inputs: asked.append(isinstance(inputs[0], torch.Tensor) and inputs[0].requires_grad)
-    )
+    field.register_forward_pre_hook(lambda field, inputs: asked.append(getattr(inputs[0], "requires_grad", False)))
     flow = Flow(field, Adaptive("dopri5", 1e-6, 1e-6, gradient="adjoint"), depth=2)
     flow(states(3, 2)).sum().backward()
     assert len(asked) > flow.cost.evaluations
@@ -234,9 +228,6 @@ class Convolved(nn.Module):
 
     def forward(self, x):
         return self.second(torch.tanh(self.norm(self.first(x))))
-
-
-NARROW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 
 
 @pytest.fixture
@@ -257,22 +248,20 @@ def under(dtype, solve, field, x):
     return torch.autograd.grad(end.square().sum(), tuple(field.parameters()))
 
 
+SHAPES = {"linear": (lambda: MLP(3, 8), (8, 3)), "convolutions": (lambda: Autonomous(Convolved()), (4, 4, 6, 6))}
+
+
 @NARROW
-@pytest.mark.parametrize(
-    ("make", "shape"),
-    [(lambda: MLP(3, 8), (8, 3)), (lambda: Autonomous(Convolved()), (4, 4, 6, 6))],
-    ids=["linear", "convolutions"],
-)
+@pytest.mark.parametrize(("make", "shape"), SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("method", ["dopri5", "bosh3"])
 @pytest.mark.usefixtures("_supported")
 def test_gradients_under_autocast_are_as_near_as_plain_autograds(method, make, shape, dtype):
     """To those in float32, for each parameter; root mean squares over six networks, because with one the errors are luck."""
     grid = (0.0, 0.25, 0.5, 0.75, 1.0)
-    solves = {
-        "plain": lambda field, x: unrolled(field, x, grid, method)[-1],
-        "direct": lambda field, x: Flow(field, Adaptive(method, **constant(0.25)), depth=1)(x),
-        "checkpoint": lambda field, x: Flow(field, Adaptive(method, gradient="checkpoint", **constant(0.25)), depth=1)(x),
-    }
+    solves = {"plain": lambda field, x: unrolled(field, x, grid, method)[-1]}
+    for gradient in ("direct", "checkpoint"):
+        solver = Adaptive(method, gradient=gradient, **constant(0.25))
+        solves[gradient] = lambda field, x, solver=solver: Flow(field, solver, depth=1)(x)
     squares = dict.fromkeys(solves, 0)
     for seed in range(6):
         torch.manual_seed(seed)
@@ -331,18 +320,7 @@ def test_under_autocast_a_gradient_changes_no_step(gradient, dtype):
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("gradient", [None, "direct", "checkpoint", "adjoint"])
-@pytest.mark.parametrize(
-    ("dtype", "rtol", "warns"),
-    [
-        (torch.bfloat16, 7e-3, True),
-        (torch.bfloat16, 8e-3, False),
-        (torch.float16, 9e-4, True),
-        (torch.float16, 1e-3, False),
-        (torch.float32, 1e-7, True),
-        (torch.float32, 2e-7, False),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("dtype", "rtol", "warns"), TOLERANCES, ids=str)
 def test_a_tolerance_below_the_rounding_of_the_field_warns(dtype, rtol, warns, gradient):
     flow = Flow(small_mlp(3, 3).float(), Adaptive("dopri5", rtol, 0.1, gradient=gradient or "direct"), depth=1)
     with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32), torch.set_grad_enabled(gradient is not None):
@@ -442,14 +420,12 @@ def test_second_derivatives_are_those_of_the_unrolled_steps(gradient, method, ca
 @EXACT
 def test_a_hook_on_a_parameter_acts_once(gradient):
     flow, x = Flow(small_mlp(2, 3), Adaptive("dopri5", gradient=gradient), depth=1), states(2, 2)
-    flow(x).sum().backward()
-    plain = [parameter.grad for parameter in flow.parameters()]
-    flow.zero_grad()
-    for parameter in flow.parameters():
+    parameters = list(flow.parameters())
+    plain = torch.autograd.grad(flow(x).sum(), parameters)
+    for parameter in parameters:
         parameter.register_hook(lambda gradient: 2 * gradient)
     flow(x).sum().backward()
-    for once, parameter in zip(plain, flow.parameters(), strict=True):
-        torch.testing.assert_close(parameter.grad, 2 * once)
+    torch.testing.assert_close([parameter.grad for parameter in parameters], [2 * once for once in plain])
 
 
 @pytest.mark.parametrize("case", ["autonomous", "with time", "jumps"])
@@ -488,10 +464,8 @@ def test_a_graph_that_is_retained_gives_the_same_again(gradient, case):
         torch.autograd.grad(path.square().sum(), inputs, retain_graph=retain, allow_unused=True)
         for retain in (True, True, False)
     ]
-    for other in passes[1:]:
-        for a, b in zip(passes[0], other, strict=True):
-            assert (a is None) == (b is None)
-            assert a is None or torch.equal(a, b)
+    for first, *others in zip(*passes, strict=True):
+        assert all(other is first or torch.equal(other, first) for other in others)
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(path.square().sum(), inputs, allow_unused=True)
 
@@ -540,21 +514,13 @@ def test_the_end_may_be_changed_in_place(gradient):
         assert torch.equal(one, other)
 
 
-def a_leaf():
-    return torch.ones(2, dtype=FLOAT64, requires_grad=True)
-
-
-def an_output():
-    torch.manual_seed(0)
-    return nn.Linear(2, 2, dtype=FLOAT64)(torch.ones(2, dtype=FLOAT64))
-
-
-@pytest.mark.parametrize("foreign", [a_leaf, an_output])
+@pytest.mark.parametrize("leaf", [True, False], ids=["a leaf", "an output"])
 @pytest.mark.parametrize("where", ["alone", "beside parameters", "in a later layer"])
 @ALL
-def test_a_gradient_that_leads_out_of_the_field_is_not_lost(gradient, where, foreign):
+def test_a_gradient_that_leads_out_of_the_field_is_not_lost(gradient, where, leaf):
     """It comes back as any other, or is refused by the adjoint, which would lose it in silence."""
-    tensor = foreign()
+    tensor = torch.ones(2, dtype=FLOAT64, requires_grad=True)
+    tensor = tensor if leaf else tensor.sin()
     field = Function(lambda t, x: torch.tanh(x * tensor))
     if where == "beside parameters":
         known = small_mlp(2, 3)

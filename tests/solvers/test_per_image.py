@@ -156,16 +156,9 @@ def test_a_solution_that_leaves_for_infinity_is_named():
     assert caught.value.depth == pytest.approx(0.5, abs=1e-6)
 
 
-READ_BY = [
-    lambda t, x: t * x,
-    lambda t, x: x - x.new_full((), t),
-    lambda t, x: x if t < 0.5 else -x,
-    lambda t, x: torch.as_tensor(t, dtype=x.dtype).cos() * x,
-    lambda t, x: torch.tensor([t]) * x,
-    lambda t, x: x * float(t),
-    lambda t, x: x * getattr(t, "real", 1.0),
-    lambda t, x: {0.0: x}.get(t, -x),
-]
+READ_BY = [lambda t, x: t * x, lambda t, x: x - x.new_full((), t), lambda t, x: x if t < 0.5 else -x]
+READ_BY += [lambda t, x: torch.as_tensor(t, dtype=x.dtype).cos() * x, lambda t, x: torch.tensor([t]) * x]
+READ_BY += [lambda t, x: x * float(t), lambda t, x: x * getattr(t, "real", 1.0), lambda t, x: {0.0: x}.get(t, -x)]
 READING = [Momentum(Scaled(Function(lambda t, x: x**t), 2.0)), Expansion(small_mlp(2), Hat(2, depth=1)), small_mlp(2)]
 
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from networks import build
-from problems import FLOAT64, STEPPED, states, tanh_layers
+from problems import FLOAT64, STEPPED, solved, states, tanh_layers
 
 from continuum import RK4, Autonomous, Euler, Expansion, FixedStep, Flow, PiecewiseConstant, StochasticDepth
 from continuum.analysis.memory import peak_memory
@@ -20,24 +20,14 @@ LAYERS = 6
 
 REMEMBERED = {AdamsBashforth: 2, LinearTwoStep: 1, TwoStepMidpoint: 1, StochasticTwoStep: 1}
 """How many slopes or states a scheme remembers."""
+RECOMPUTED = [{"gradient": "checkpoint", "every": 2}, {"gradient": "reversible"}]
+CHANGES = [("checkpoint", "start"), ("checkpoint", "before"), ("checkpoint", "weight"), ("reversible", "weight")]
 
 
 def norms(count, dtype, dropout=0.0):
     """Pre-activation layers, with batch statistics."""
     torch.manual_seed(0)
     return PiecewiseConstant(Autonomous(PreActivation(3, 3, dropout=dropout)).scaled(0.3) for _ in range(count)).to(dtype)
-
-
-def solved(flow, x, previous=None, precision=None):
-    """End state, gradients of start and parameters, and buffers, after a forward and a backward pass."""
-    flow.zero_grad()
-    x = x.clone().requires_grad_()
-    torch.manual_seed(3)
-    with torch.autocast("cpu", dtype=precision or torch.bfloat16, enabled=precision is not None):
-        end = flow(x, previous)
-    end.square().sum().backward()
-    gradients = {name: p.grad for name, p in flow.named_parameters() if p.grad is not None}
-    return {"end": end.detach(), "start": x.grad, **gradients, **dict(flow.named_buffers())}
 
 
 def assert_same(flow, every, *arguments, **options):
@@ -100,9 +90,6 @@ def test_the_precision_of_the_forward_pass_is_kept(every):
         assert_same(Flow(field, "euler", LAYERS), every, states(4, 3, 6, 6, dtype=torch.float32), precision=torch.bfloat16)
 
 
-RECOMPUTED = [{"gradient": "checkpoint", "every": 2}, {"gradient": "reversible"}]
-
-
 @pytest.mark.parametrize("options", RECOMPUTED, ids=str)
 def test_random_numbers_go_on_as_if_nothing_had_been_recomputed(options):
     draws = []
@@ -148,9 +135,6 @@ def test_second_derivatives_and_repeated_backward_passes():
         loss.backward()
         found.append([gradient, x.grad, *(p.grad for p in flow.parameters())])
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)
-
-
-CHANGES = [("checkpoint", "start"), ("checkpoint", "before"), ("checkpoint", "weight"), ("reversible", "weight")]
 
 
 @pytest.mark.parametrize(("gradient", "changed"), CHANGES)

@@ -3,10 +3,11 @@
 import contextlib
 import copy
 import re
+from functools import partial
 
 import pytest
 import torch
-from problems import FLOAT64, LINEAR, LOGISTIC, PROBLEMS, Normed, Watched, small_mlp, states, tanh_layers
+from problems import FLOAT64, LINEAR, LOGISTIC, PROBLEMS, Normed, Watched, each, small_mlp, solved, states, tanh_layers
 from torch import nn
 from torchdiffeq._impl.odeint import SOLVERS
 
@@ -24,6 +25,9 @@ from continuum.zoo import odenet, preresnet
 WITHIN = {"dopri5": 10, "dopri8": 10, "bosh3": 20, "adaptive_heun": 20}
 TOLERANCES = {"dopri5": range(3, 10), "dopri8": range(3, 10), "bosh3": range(3, 10), "adaptive_heun": range(3, 6)}
 TIMES = [0.0, 0.4, 1.1, 1.5, 2.0]
+HATS = Expansion([small_mlp(4, seed=k) for k in range(3)], Hat(3, 3.0))
+ALL_SOLVERS = [*PAIRS, "euler:h=0.25", "midpoint", "heun:h=0.5", "kutta3", "rk4:h=0.2", "adams_bashforth:order=3,h=0.125"]
+NINE = tanh_layers(9, gain=2.0)
 
 
 def tight(method="dopri5", tolerance=1e-12, **options):
@@ -97,12 +101,6 @@ def test_scipy_goes_forward_only():
 
 
 # Gradients
-def gradients(flow, x):
-    """The output, and the gradients of a smooth function of it with respect to the input and the field's weights."""
-    x = x.clone().requires_grad_()
-    y = flow(x)
-    inputs = [x, *flow.field.parameters()]
-    return y.detach(), torch.autograd.grad((y**2).sum() + y.sin().sum(), inputs)
 
 
 @pytest.mark.parametrize("method", PAIRS)
@@ -116,18 +114,14 @@ def test_step_sizes_are_constants_of_the_gradient(method, options):
     torch.testing.assert_close(gradient, (y1 / y0).detach(), rtol=1e-12, atol=0)
 
 
-HATS = Expansion([small_mlp(4, seed=k) for k in range(3)], Hat(3, 3.0))
-
-
 @pytest.mark.parametrize("tolerance", [1e-4, 1e-7])
 @pytest.mark.parametrize("method", ["dopri5", "bosh3"])
 @pytest.mark.parametrize("field", [small_mlp(4), tanh_layers(3), HATS], ids=["mlp", "layers", "hats"])
 def test_adjoint_agrees_with_direct_to_the_tolerance(field, method, tolerance):
-    x = states(4, 4)
-    y, direct = gradients(Flow(field, tight(method, tolerance), depth=3), x)
-    adjoint_y, adjoint = gradients(Flow(field, tight(method, tolerance, gradient="adjoint"), depth=3), x)
-    torch.testing.assert_close(y, adjoint_y, rtol=0, atol=20 * tolerance)
-    size = max(float(gradient.abs().max()) for gradient in direct)
+    solvers = (tight(method, tolerance, gradient=gradient) for gradient in ("direct", "adjoint"))
+    direct, adjoint = (solved(Flow(field, solver, depth=3), states(4, 4)) for solver in solvers)
+    torch.testing.assert_close(direct.pop("end"), adjoint.pop("end"), rtol=0, atol=20 * tolerance)
+    size = max(float(gradient.abs().max()) for gradient in direct.values())
     torch.testing.assert_close(direct, adjoint, rtol=0, atol=20 * tolerance * (1 + size))
 
 
@@ -145,9 +139,6 @@ def test_frozen_flow_repeats_the_accepted_steps(method):
         assert frozen.field is flow.field
         bound = 1e-12 if method in ("dopri5", "dopri8", "bosh3") else 10 * tolerance
         torch.testing.assert_close(second, first, rtol=bound, atol=bound)
-
-
-ALL_SOLVERS = [*PAIRS, "euler:h=0.25", "midpoint", "heun:h=0.5", "kutta3", "rk4:h=0.2", "adams_bashforth:order=3,h=0.125"]
 
 
 @pytest.mark.parametrize("solver", [*ALL_SOLVERS, "scipy_solver", "dopri5:h=0.5", "bosh3:grid=0/0.3/1/2.5/3"])
@@ -218,7 +209,6 @@ def test_the_field_is_never_evaluated_outside_the_flow():
 
 
 # Knots
-NINE = tanh_layers(9, gain=2.0)
 
 
 @torch.no_grad()
@@ -345,10 +335,6 @@ def test_a_network_names_the_images_at_fault():
 
 
 # Wrong arguments
-@pytest.mark.parametrize("method", [name for name in SOLVERS if name not in METHODS])
-def test_a_fixed_grid_method_points_to_fixed_steps(method):
-    with pytest.raises(ValueError, match="FixedStep"):
-        Adaptive(method)
 
 
 @pytest.mark.parametrize(
@@ -388,28 +374,31 @@ def test_wrong_text_is_answered_with_what_is_valid(text, listed):
 
 
 NAN = float("nan")
+
+
 LIMITS = [{"rtol": -1.0}, {"rtol": 0.0, "atol": 0.0}, {"min_step": 2.0, "max_step": 1.0}, {"max_step": 0.0}]
 LIMITS += [{"first_step": 0.0}, {"first_step": -1.0}, {"max_evaluations": 0}, {"gradient": "backward"}, {"rtol": NAN}]
+FIXED = ["euler", "rk4:h=0.5", "bosh3:grid=0/0.5/1"]
+EVERY = ["2", 0, -1, 1.5, True]
+UNEVEN = [(2, 3), (4, 6), (1, 1.5), (0.5, 0.7), (3, 1)]
+GRIDS, RAW = [(0.0,), (), (0.0, 1.0, 1.0), (0.0, 2.0, 1.0)], nn.Parameter(torch.tensor(0.3))
+DEPTHS = [0, -1, NAN, torch.tensor(-1.0), torch.tensor([1.0]), nn.Parameter(torch.tensor(0.0))]
+NO_FIELD = r"forward\(t, x\), not a .*Autonomous\(module\).*Function\(function\)"
 
 
-@pytest.mark.parametrize("options", LIMITS, ids=str)
-def test_limits_out_of_range(options):
-    with pytest.raises(ValueError, match=re.escape(str(next(iter(options.values()))))):
-        Adaptive("dopri5", **options)
-
-
-@pytest.mark.parametrize("h", [0, -1, 0.3, 1.5, 2.5, NAN, float("inf")])
-def test_h_counts_layers(h):
-    for make in (lambda: FixedStep(Euler(), h=h), lambda: Brownian(h=h)):
-        with pytest.raises(ValueError, match="1/m or an integer"):
-            make()
+def off_the_grid(solver, times):
+    return Flow(small_mlp(), solver, depth=1).trajectory(states(), times, exact=True)
 
 
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
+        *((partial(Adaptive, **options), ValueError, re.escape(str(next(iter(options.values()))))) for options in LIMITS),
         (lambda: Adaptive("dopri7"), ValueError, "dopri5, bosh3"),
-        (lambda: Flow(small_mlp(), FixedStep(Euler(), grid=(0.0, 1.0)), depth=2), ValueError, "no point at depth 2"),
+        *each([name for name in SOLVERS if name not in METHODS], Adaptive, ValueError, "FixedStep"),
+        *each([0, -1, 0.3, 1.5, 2.5, NAN, float("inf")], lambda h: FixedStep(Euler(), h=h), ValueError, "1/m or an integer"),
+        *each([0, -1, 0.3, 1.5, 2.5, NAN, float("inf")], lambda h: Brownian(h=h), ValueError, "1/m or an integer"),
+        *each(GRIDS, lambda grid: FixedStep(Euler(), grid=grid), ValueError, "monotone"),
         (lambda: FixedStep(Euler(), h=0.5, grid=(0.0, 1.0)), ValueError, "not both"),
         (lambda: FixedStep("euler"), TypeError, "Scheme"),
         (lambda: FixedStep(Euler(), gradient="adjoint"), ValueError, "direct, reversible, checkpoint, not 'adjoint'"),
@@ -417,38 +406,25 @@ def test_h_counts_layers(h):
         (lambda: FixedStep(Euler(), gradient="reversible"), TypeError, "Euler cannot"),
         (lambda: FixedStep(Euler(), every=2), ValueError, "every=2 says which states .*'checkpoint' stores; gradient='direct'"),
         (lambda: FixedStep(Coupling(), gradient="reversible", every=2), ValueError, r"every=2 .* gradient='reversible'"),
-        *(
-            (lambda n=n: FixedStep(Euler(), gradient="checkpoint", every=n), ValueError, "every counts the steps .* not")
-            for n in (0, -1, 1.5, True, "2")
-        ),
+        *each(EVERY, lambda n: FixedStep(Euler(), gradient="checkpoint", every=n), ValueError, "every counts the steps .* not"),
+        *each([nn.Linear(2, 2), lambda t, x: x], lambda wrong: Flow(wrong, "euler", 1), TypeError, NO_FIELD),
         (lambda: Flow(small_mlp(), Euler(), depth=1), TypeError, "Solver"),
-        *((lambda depth=depth: Flow(small_mlp(), "euler", depth), ValueError, "depth") for depth in (0, -1, NAN)),
+        *each(DEPTHS, partial(Flow, small_mlp(), "dopri5"), ValueError, r"depth is (one number|a positive number)"),
+        (lambda: Flow(small_mlp(), "dopri5", nn.functional.softplus(RAW)), TypeError, "learnt.*register_parametrization"),
+        *each(FIXED, lambda solver: Flow(small_mlp(), solver, RAW), TypeError, "adaptive solver"),
+        *each(FIXED, Flow(small_mlp(), "dopri5", RAW).with_solver, TypeError, "adaptive solver"),
+        *each(UNEVEN, lambda case: Flow(small_mlp(), FixedStep(Euler(), h=case[0]), case[1]), ValueError, "does not divide"),
+        (lambda: Flow(small_mlp(), FixedStep(Euler(), grid=(0.0, 1.0)), depth=2), ValueError, "no point at depth 2"),
         (lambda: Flow(small_mlp(), "rk4", depth=1).frozen(states()), TypeError, "only an adaptive flow"),
         (lambda: Flow(small_mlp(), Adaptive("scipy_solver"), depth=1).frozen(states()), TypeError, "scipy_solver"),
-        (lambda: Flow(small_mlp(), "euler:h=0.5", depth=1).trajectory(states(), [0, 0.3]), ValueError, "does not divide"),
+        (lambda: off_the_grid("euler:h=0.5", [0, 0.3]), ValueError, "does not divide"),
+        (lambda: off_the_grid("euler:grid=0/0.3/1", [0, 0.5, 1]), ValueError, r"no point at depth 0\.5"),
         (lambda: Flow(StochasticDepth(small_mlp(), 0.5), "brownian:h=2", depth=3)(states()), ValueError, "does not divide"),
-        (
-            lambda: Flow(small_mlp(), "euler:grid=0/0.3/1", depth=1).trajectory(states(), [0, 0.5, 1], exact=True),
-            ValueError,
-            r"no point at depth 0\.5",
-        ),
     ],
 )
 def test_what_has_no_meaning_is_refused(make, error, message):
     with pytest.raises(error, match=message):
         make()
-
-
-@pytest.mark.parametrize(("h", "depth"), [(2, 3), (4, 6), (1, 1.5), (0.5, 0.7), (3, 1)])
-def test_h_must_divide_the_depth(h, depth):
-    with pytest.raises(ValueError, match="does not divide"):
-        Flow(small_mlp(), FixedStep(Euler(), h=h), depth)
-
-
-@pytest.mark.parametrize("grid", [(0.0,), (), (0.0, 1.0, 1.0), (0.0, 2.0, 1.0)])
-def test_a_grid_is_monotone(grid):
-    with pytest.raises(ValueError, match="monotone"):
-        FixedStep(Euler(), grid=grid)
 
 
 # Text

@@ -39,10 +39,6 @@ def plain_sum(layers: list[continuum.Field], tau: float) -> float:
     return total + tau * sum(v * v for v in theta[0])
 
 
-def batch_norm_layer() -> continuum.Field:
-    return Autonomous(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))).to(FLOAT64)
-
-
 @pytest.mark.parametrize("count", [1, 2, 5])
 @pytest.mark.parametrize("tau", [0.0, 1.0, 2.5])
 def test_smoothness_of_layers_is_the_plain_sum(count: int, tau: float) -> None:
@@ -56,7 +52,7 @@ def test_scales_k_and_statistics_are_no_part_of_theta() -> None:
     wrapped = [layers[0], Momentum(layers[1], k=0.3), Scaled(layers[2], 0.25), Momentum(Scaled(layers[3], 0.25))]
     assert depth_smoothness(PiecewiseConstant(wrapped)).item() == pytest.approx(expected, rel=1e-12)
 
-    norms = [batch_norm_layer() for _ in range(3)]
+    norms = [Autonomous(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))).to(FLOAT64) for _ in range(3)]
     expected = plain_sum(norms, 1.0)
     for layer in norms:
         layer(0.0, torch.randn(5, 3, dtype=FLOAT64))

@@ -200,16 +200,16 @@ def test_a_row_of_the_predictions_says_which_image_it_is(tmp_path: Path) -> None
         for number in range(3):
             Image.new("RGB", (8, 8), (90 * number, 0, 200 * (name == "owl"))).save(tmp_path / part / name / f"{number}.png")
     data = ImageFolder(str(tmp_path), validation=0, batch_size=4)
+    torch.manual_seed(0)
     module = Classifier(continuum.zoo.preresnet(14, width=4, num_classes=2))
     trainer = quiet_trainer([WritePredictions()], max_steps=1, default_root_dir=tmp_path)
     trainer.fit(module, data)
     trainer.save_checkpoint(tmp_path / "kept" / "net.ckpt")
     trainer.predict(module, data, ckpt_path=tmp_path / "kept" / "net.ckpt")
-    with open(tmp_path / "kept" / "predictions.csv") as file:
-        rows = list(csv.DictReader(file))
+    rows = list(csv.DictReader((tmp_path / "kept" / "predictions.csv").read_text().splitlines()))
     assert [row["file"] for row in rows] == [f"test/{name}/{number}.png" for name in ("emu", "owl") for number in range(3)]
     assert [row["label"] for row in rows] == ["emu"] * 3 + ["owl"] * 3
-    logits = torch.cat([module.network(images) for images, _ in data.test_batches()])
+    logits = torch.cat([module.network.eval()(images) for images, _ in data.test_batches()])
     assert [row["class"] for row in rows] == [("emu", "owl")[k] for k in logits.argmax(1)]
 
 
@@ -221,8 +221,7 @@ def test_ranks_write_one_file_of_all_images_in_their_order(tmp_path: Path) -> No
         trainer = quiet_trainer([WritePredictions(str(folder))], devices=devices, strategy=strategy)
         trainer.predict(Classifier(small_network()), Digits(batch_size=64), return_predictions=False)
         (path,) = folder.iterdir()
-        with open(path) as file:
-            return list(csv.DictReader(file))
+        return list(csv.DictReader(path.read_text().splitlines()))
 
     one, two = rows(1), rows(2)
     assert [row["image"] for row in two] == [str(number) for number in range(359)]

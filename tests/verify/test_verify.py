@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from runs import same_state
 from torch import Tensor, nn
 
 import continuum
@@ -23,6 +24,12 @@ from continuum.verify.accuracy import REVERSIBLE, SCHEMES, Order, Undone, scheme
 from continuum.verify.certificate import GRADIENTS, SMALL, certify, small, some_images
 from continuum.verify.plain import PLAIN, bare
 from continuum.zoo import BUILDERS
+
+REFINED = ["resnet", "preresnet scaled", "lm_resnet", "momentum_resnet", "fractal_resnet", "revnet", "midpoint from zero"]
+REFINED += ["leapfrog", "continuous_resnet", "continuous_resnet constant", "odenet three stages"]
+REFINED += ["stochastic_depth_resnet", "shake_shake", "stochastic_lm_resnet", "dropout_resnet", "neural_sde"]
+TORCHVISION = {f"ResNet-{depth}": f"resnet{depth}" for depth in (18, 34, 50, 101, 152)}
+TORCHVISION |= {"ResNeXt-50 32x4d": "resnext50_32x4d", "wide ResNet-50-2": "wide_resnet50_2"}
 
 
 # Networks and their plain loops
@@ -45,15 +52,14 @@ def test_plain_loops_use_nothing_of_the_library() -> None:
 @pytest.mark.parametrize("name", SMALL)
 def test_small_networks_are_certified(name: str) -> None:
     network = small(name)
-    before = copy.deepcopy(network.state_dict())
+    before = copy.deepcopy(network)
     solvers = [str(flow.solver) for flow in network.flows]
     certificate = certify(network, some_images(network))
     assert certificate.passed, certificate
     assert certificate.network == name.split()[0]
     assert certificate.parameters == size_of(network)
     assert not certificate.place
-    # The network itself is as it was.
-    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    assert same_state(network, before), "the network itself is as it was"
     assert all(module.training for module in network.modules())
     assert all(parameter.grad is None for parameter in network.parameters())
     assert [str(flow.solver) for flow in network.flows] == solvers
@@ -73,11 +79,6 @@ def test_plain_loops_name_modules_of_the_network(name: str) -> None:
     assert inside == {str(index) for index in range(len(network.stages))}
 
 
-REFINED = ["resnet", "preresnet scaled", "lm_resnet", "momentum_resnet", "fractal_resnet", "revnet", "midpoint from zero"]
-REFINED += ["leapfrog", "continuous_resnet", "continuous_resnet constant", "odenet three stages"]
-REFINED += ["stochastic_depth_resnet", "shake_shake", "stochastic_lm_resnet", "dropout_resnet", "neural_sde"]
-
-
 @pytest.mark.parametrize(("name", "k"), [*((name, (3,)) for name in REFINED), ("lm_resnet", (2, 2))])
 def test_refined_networks_are_certified(name: str, k: tuple[int, ...]) -> None:
     network = small(name)
@@ -87,18 +88,13 @@ def test_refined_networks_are_certified(name: str, k: tuple[int, ...]) -> None:
     assert certificate.passed, certificate
 
 
-@pytest.mark.parametrize(
-    ("name", "solver", "certified"),
-    [
-        ("resnet", "rk4:h=0.5", "euler:h=1"),
-        ("revnet", "coupling:gradient=reversible", "coupling:h=1"),
-        ("continuous_resnet", "dopri5", "rk4:h=1"),
-        ("continuous_resnet", "rk4:h=0.5", "rk4:h=0.5"),
-        ("odenet", "dopri5", "euler:h=1"),
-        ("odenet", "rk4:h=0.25", "rk4:h=0.25"),
-        ("mlp", "euler:h=0.25", "euler:h=0.25"),
-    ],
-)
+SCHEMES_OF = [("resnet", "rk4:h=0.5", "euler:h=1"), ("revnet", "coupling:gradient=reversible", "coupling:h=1")]
+SCHEMES_OF += [("continuous_resnet", "dopri5", "rk4:h=1"), ("continuous_resnet", "rk4:h=0.5", "rk4:h=0.5")]
+SCHEMES_OF += [("odenet", "dopri5", "euler:h=1"), ("odenet", "rk4:h=0.25", "rk4:h=0.25")]
+SCHEMES_OF += [("mlp", "euler:h=0.25", "euler:h=0.25")]
+
+
+@pytest.mark.parametrize(("name", "solver", "certified"), SCHEMES_OF)
 def test_the_certified_scheme_is_the_published_one(name: str, solver: str, certified: str) -> None:
     certificate = certify(small(name).with_solver(solver), some_images(small(name)))
     assert certificate.passed, certificate
@@ -154,30 +150,20 @@ def test_a_scheme_that_steps_otherwise_is_noticed(monkeypatch: pytest.MonkeyPatc
     assert certificate.place == "stages.0.field.layers.1"
 
 
-def change_momentum(network: Network) -> None:
-    network.stages[2].field.layers[0].branch.norm2.momentum = 0.2
-
-
-def cut_gradient(network: Network) -> None:
-    branch = network.stages[2].field.layers[0].branch
-    branch.conv2.register_forward_pre_hook(lambda module, inputs: (inputs[0].detach(),))
-
-
-@pytest.mark.parametrize(
-    ("change", "buffers", "place"),
-    [
-        (change_momentum, False, "stages.2.field.layers.0.branch.norm2.running_mean"),
-        (cut_gradient, True, "stages.2.field.layers.0.branch.norm1.bias"),
-    ],
-)
-def test_what_only_training_shows_is_named(change: Callable[[Network], None], buffers: bool, place: str) -> None:
+@pytest.mark.parametrize(("buffers", "place"), [(False, "norm2.running_mean"), (True, "norm1.bias")])
+def test_what_only_training_shows_is_named(buffers: bool, place: str) -> None:
+    """Another momentum of a norm shows in its buffers, a gradient that is cut off in the norm before."""
     network = small("resnet")
-    change(network)
+    branch = network.stages[2].field.layers[0].branch
+    if buffers:
+        branch.conv2.register_forward_pre_hook(lambda module, inputs: (inputs[0].detach(),))
+    else:
+        branch.norm2.momentum = 0.2
     certificate = certify(network, some_images(network))
     assert (certificate.passed, certificate.training, certificate.evaluation) == (False, True, True)
     assert certificate.buffers is buffers
     assert (certificate.gradient <= GRADIENTS) is not buffers
-    assert certificate.place == place
+    assert certificate.place == f"stages.2.field.layers.0.branch.{place}"
     assert certificate.difference > 1e-4
 
 
@@ -315,10 +301,6 @@ def test_counts_that_leave_out_or_include_norms() -> None:
 def test_a_class_adds_one_row(name: str) -> None:
     few, many = built(name, 10), built(name, 100)
     assert size_of(many) == size_of(few) + 90 * size_of_class(few)
-
-
-TORCHVISION = {f"ResNet-{depth}": f"resnet{depth}" for depth in (18, 34, 50, 101, 152)}
-TORCHVISION |= {"ResNeXt-50 32x4d": "resnext50_32x4d", "wide ResNet-50-2": "wide_resnet50_2"}
 
 
 @pytest.mark.parametrize("name", TORCHVISION)
