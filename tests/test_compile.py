@@ -1,50 +1,22 @@
 """Compiled flows: as many graphs as there are to be, with the numbers of the eager flow, whatever was compiled before."""
 
 import copy
-import functools
 import inspect
 from pathlib import Path
 
 import pytest
 import torch
-from problems import FLOAT64, tanh_layers
-from torch._dynamo.testing import CompileCounterWithBackend
+from problems import FLOAT64, STEPPED, halves, mlp_layers, small_mlp, solved, states, tanh_layers
+from runs import CONFIG
 
 import continuum
-from continuum import (
-    MLP,
-    RK4,
-    Autonomous,
-    Coupled,
-    Euler,
-    EulerMaruyama,
-    Expansion,
-    FixedStep,
-    Flow,
-    Momentum,
-    PiecewiseConstant,
-    SolveError,
-    StochasticDepth,
-)
+from continuum import RK4, Autonomous, Euler, EulerMaruyama, Expansion, FixedStep, Flow, Momentum, PiecewiseConstant, SolveError
 from continuum.bases import Hat
 from continuum.cli import main
 from continuum.schemes import AdamsBashforth, Coupling, LinearTwoStep
 from continuum.solvers.arithmetic import FusedSums, Sums, _fused
 
-
-@pytest.fixture
-def graphs(request, monkeypatch):
-    """Counts graphs, which run as they are traced instead of as machine code, in less than a tenth of the time."""
-    counter = CompileCounterWithBackend(getattr(request, "param", "eager"))
-    compiler = torch.compile
-
-    @functools.wraps(compiler)
-    def compile_eagerly(*args, **options):
-        return compiler(*args, backend=counter, **options)
-
-    monkeypatch.setattr(torch, "compile", compile_eagerly)
-    yield counter
-    torch._dynamo.reset()  # behind a test, not within: the graphs of `torch.compile` count for all flows of the process
+POINTS = states(5, 4)
 
 
 def in_place(module):
@@ -53,80 +25,43 @@ def in_place(module):
     return compiled
 
 
-def layers(wrap=lambda field: field, count=2):
-    torch.manual_seed(0)
-    return PiecewiseConstant(wrap(MLP(4, 5).double()) for _ in range(count))
-
-
-def noisy(survival=0.6, count=2):
-    return layers(lambda field: StochasticDepth(field, survival), count)
-
-
-def momentum(k=-0.3, scale=1.0):
-    return layers(lambda field: Momentum(field.scaled(scale), k))
-
-
-def halves():
-    torch.manual_seed(0)
-    return PiecewiseConstant(Coupled(MLP(2, 5).double(), MLP(2, 5).double()) for _ in range(2))
-
-
 def mlp():
-    torch.manual_seed(0)
-    return MLP(4, 5).double()
+    return small_mlp(4, 5)
 
 
-def points(rows=5):
-    return torch.randn(rows, 4, dtype=FLOAT64, generator=torch.Generator().manual_seed(1))
-
-
-def results(flow, x, seed=3):
-    """End state and gradients of x and the parameters of `flow`."""
-    x = x.clone().requires_grad_()
-    torch.manual_seed(seed)
-    end = flow(x)
-    gradients = torch.autograd.grad(end.square().sum(), [x, *flow.parameters()], allow_unused=True, materialize_grads=True)
-    return end.detach(), *gradients
-
-
-def assert_same(compiled, flow, x=None):
-    x = points() if x is None else x
-    for found, expected in zip(results(compiled, x), results(flow, x), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+def assert_same(compiled, flow, x=POINTS, seed=3):
+    found, expected = (list(solved(other, x, seed=seed).values()) for other in (compiled, flow))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 # One graph
-
-
-FLOWS = {
-    Euler(): [layers, mlp],
-    RK4(): [layers, mlp],
-    LinearTwoStep(): [momentum, lambda: Momentum(mlp(), -0.3)],
-    AdamsBashforth(3): [layers, mlp],
-    Coupling(): [halves],
-    EulerMaruyama(): [noisy],
-}
+FLOWS = [
+    (scheme, STEPPED[scheme]) for scheme in (Euler(), RK4(), LinearTwoStep(), AdamsBashforth(3), Coupling(), EulerMaruyama())
+]
+FLOWS += [(Euler(), lambda _: mlp()), (RK4(), lambda _: mlp()), (LinearTwoStep(), lambda _: Momentum(mlp(), -0.3))]
+FLOWS += [(AdamsBashforth(3), mlp_layers)]
 
 
 def test_four_euler_steps_are_one_graph():
     """Counted as torch explains it, without our own counter."""
     flow = Flow(tanh_layers(4), "euler", 4)
-    report = torch._dynamo.explain(flow)(points())
+    report = torch._dynamo.explain(flow)(states(5, 4))
     assert (report.graph_count, report.graph_break_count) == (1, 0)
 
 
-@pytest.mark.parametrize(("scheme", "field"), [(s, f) for s, fields in FLOWS.items() for f in fields])
+@pytest.mark.parametrize(("scheme", "field"), FLOWS)
 def test_fixed_steps_are_one_graph(graphs, scheme, field):
-    flow = Flow(field(), FixedStep(scheme), 2)
+    flow = Flow(field(2), FixedStep(scheme), 2)
     compiled = in_place(flow)
-    assert_same(compiled, flow)
+    for seed in range(4):  # a branch that is dropped is multiplied by zero
+        assert_same(compiled, flow, seed=seed)
     assert graphs.frame_count == 1
     assert compiled.cost == flow.cost
 
 
 @pytest.mark.parametrize("scheme", [RK4(), LinearTwoStep(), EulerMaruyama()], ids=str)
 def test_steps_that_are_recomputed_are_in_it(graphs, scheme):
-    flow = Flow(FLOWS[scheme][0](), FixedStep(scheme, gradient="checkpoint"), 2)
+    flow = Flow(STEPPED[scheme](2), FixedStep(scheme, gradient="checkpoint"), 2)
     assert_same(in_place(flow), flow)
     assert graphs.frame_count == 1
 
@@ -144,8 +79,6 @@ def test_statistics_and_masks_are_those_of_eager_mode(graphs, solver):
 
 
 # One after another
-
-
 SEQUENCE = {
     "two layers": (lambda: tanh_layers(2), "euler", 2),
     "three layers": (lambda: tanh_layers(3), "euler", 3),
@@ -195,8 +128,6 @@ def test_more_than_eight_flows_are_compiled(graphs):
 
 
 # Networks
-
-
 def images(batch=4):
     return torch.randn(batch, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
@@ -251,10 +182,10 @@ def test_a_compiled_network_is_the_network(graphs, tmp_path):
 @pytest.mark.parametrize("compiled", [in_place, lambda flow: torch.compile(copy.deepcopy(flow))], ids=["in place", "around it"])
 def test_what_cannot_be_one_graph_still_solves(graphs, compiled):
     for field, solver in [
-        (halves(), "coupling:gradient=reversible"),
-        (noisy(), "milstein"),
-        (noisy(), "brownian:method=milstein,h=0.5"),
-        (layers(), "bosh3:rtol=1e-2,atol=1e-2"),
+        (halves(2), "coupling:gradient=reversible"),
+        (STEPPED[EulerMaruyama()](2), "milstein"),
+        (STEPPED[EulerMaruyama()](2), "brownian:method=milstein,h=0.5"),
+        (mlp_layers(2), "bosh3:rtol=1e-2,atol=1e-2"),
     ]:
         flow = Flow(field, solver, 2)
         assert_same(compiled(flow), flow)
@@ -292,38 +223,11 @@ def test_machine_code():
 
 
 # The command line
-
-
-CONFIG = """seed_everything: 1
-model:
-  network:
-    class_path: continuum.zoo.odenet
-    init_args:
-      width: 4
-      downsample: false
-      solver: euler:h=0.5
-  schedule: null
-data:
-  class_path: continuum.training.Digits
-  init_args:
-    train_size: 64
-    batch_size: 32
-trainer:
-  accelerator: cpu
-  max_epochs: 1
-  logger:
-    class_path: pytorch_lightning.loggers.CSVLogger
-    init_args:
-      save_dir: runs
-      version: ""
-"""
-
-
-def test_a_compiled_run_and_its_checkpoints(graphs, monkeypatch, tmp_path, capsys):
+@pytest.mark.usefixtures("command_line")
+def test_a_compiled_run_and_its_checkpoints(graphs, capsys):
     """Trained as an eager run is, and continued by one; the reverse too."""
-    monkeypatch.setattr("sys.argv", ["continuum"])
-    monkeypatch.chdir(tmp_path)
-    Path("config.yaml").write_text(CONFIG)
+    config = CONFIG.replace("bosh3:rtol=1e-2,atol=1e-2", "euler:h=0.5\n  schedule: null")
+    Path("config.yaml").write_text(config.replace("max_epochs: 2", "max_epochs: 1"))
 
     def fit(name, *arguments):
         main(["fit", "--config", "config.yaml", "--trainer.logger.init_args.name", name, *arguments])

@@ -8,6 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = sorted(path.parent.name for path in (ROOT / "experiments").glob("*/cpu.yaml"))
+MEASUREMENTS = [("gpu.__main__", "tables", "h100"), ("benchmarks.noise", "report", "noise_cost")]
+MEASUREMENTS += [("benchmarks.reversible", "report", "reversible"), ("benchmarks.small", "report", "small")]
 
 
 @pytest.fixture(autouse=True)
@@ -67,15 +69,7 @@ def test_the_tables_of_the_comparisons_are_those_of_the_results():
         assert common.parts(folder / "README.md", mark)[1] == f"{table}\n"
 
 
-@pytest.mark.parametrize(
-    ("name", "report", "results"),
-    [
-        ("gpu.__main__", "tables", "h100"),
-        ("benchmarks.noise", "report", "noise_cost"),
-        ("benchmarks.reversible", "report", "reversible"),
-        ("benchmarks.small", "report", "small"),
-    ],
-)
+@pytest.mark.parametrize(("name", "report", "results"), MEASUREMENTS)
 def test_the_tables_of_the_measurements_are_those_of_the_results(name, report, results):
     module, folder = loaded(name)
     found = getattr(module, report)(json.loads((folder / "results" / f"{results}.json").read_text()))

@@ -1,13 +1,13 @@
 """A field, a scheme, a solver and a noise from outside the library, each in one class, run under everything inside it."""
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from problems import small_mlp, states, tanh_layers
 from torch import Tensor, nn
 
 import continuum
@@ -18,7 +18,7 @@ from continuum.analysis.gradients import compare_gradients
 from continuum.analysis.report import Sample, report
 from continuum.analysis.stochastic import limit_moment, linear_moment, strong_errors
 from continuum.analysis.weak import weak_report
-from continuum.fields import MLP, Autonomous, Field
+from continuum.fields import Field
 from continuum.fields.base import in_mode_of
 from continuum.flow import Flow
 from continuum.models import Network, builder
@@ -31,8 +31,6 @@ from continuum.solvers.base import Cost, Solution, cut_at_knots
 from continuum.verify.accuracy import scheme_orders
 from continuum.verify.certificate import certify, small, some_images
 from continuum.weights import PiecewiseConstant, depth_smoothness
-
-FLOAT64 = torch.float64
 
 
 class Damped(Field):
@@ -104,47 +102,35 @@ class Flipped(StochasticField):
         return (2 * eta - 1,)
 
 
-def plain() -> Field:
-    torch.manual_seed(0)
-    return MLP(4, hidden=5).double()
+def plain(seed: int = 0) -> Field:
+    return small_mlp(4, 5, seed)
 
 
 def damped_layers() -> PiecewiseConstant:
-    torch.manual_seed(0)
-    return PiecewiseConstant(Damped(MLP(4, hidden=5)) for _ in range(3)).double()
+    return PiecewiseConstant(Damped(plain(k)) for k in range(3)).double()
 
 
 def autonomous_layers() -> PiecewiseConstant:
-    torch.manual_seed(0)
-    branches = [nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4)) for _ in range(3)]
-    return PiecewiseConstant(Damped(Autonomous(branch)) for branch in branches).double()
+    return tanh_layers(3).mapped(Damped).double()
 
 
 def around_layers() -> Field:
-    torch.manual_seed(0)
-    return Damped(PiecewiseConstant(MLP(4, hidden=5) for _ in range(3))).double()
+    return Damped(PiecewiseConstant(plain(k) for k in range(3))).double()
 
 
 def noisy_layers() -> PiecewiseConstant:
-    torch.manual_seed(0)
-    return PiecewiseConstant(Flipped(Damped(MLP(4, hidden=5))) for _ in range(3)).double()
+    return damped_layers().mapped(Flipped)
 
 
 def start(batch: int = 3) -> Tensor:
-    return torch.randn(batch, 4, generator=torch.Generator().manual_seed(1), dtype=FLOAT64)
+    return states(batch, 4)
 
 
 FINE = "dopri8:rtol=1e-9,atol=1e-9"
 OWN: list[Solver | str] = [FixedStep(Extrapolated(), h=1 / 16), Pieces(16)]
-SOLVERS: list[Solver | str] = [
-    *OWN,
-    "rk4:h=0.25",
-    "adams_bashforth:order=3,h=0.03125",
-    "rk4:h=0.25,gradient=checkpoint",
-    "dopri5:rtol=1e-6,atol=1e-6",
-    "dopri5:rtol=1e-6,atol=1e-6,gradient=checkpoint",
-    "dopri5:rtol=1e-6,atol=1e-6,gradient=adjoint",
-]
+DOPRI5 = "dopri5:rtol=1e-6,atol=1e-6"
+SOLVERS = [*OWN, "rk4:h=0.25", "adams_bashforth:order=3,h=0.03125", "rk4:h=0.25,gradient=checkpoint", DOPRI5]
+SOLVERS += [f"{DOPRI5},gradient={gradient}" for gradient in ("checkpoint", "adjoint")]
 FIELDS = [damped_layers, around_layers]
 
 
@@ -155,8 +141,6 @@ def gradient(flow: Flow, x: Tensor) -> Tensor:
 
 
 # Solving
-
-
 @pytest.mark.parametrize("solver", SOLVERS, ids=str)
 @pytest.mark.parametrize("build", FIELDS)
 def test_every_solver_agrees_on_the_end_and_on_the_gradient(build: Callable[[], Field], solver: Solver | str) -> None:
@@ -175,11 +159,8 @@ def test_refining_keeps_the_solution(build: Callable[[], Field], solver: Solver)
     assert torch.allclose(flow.refine(2)(start()), flow(start()), rtol=1e-3, atol=1e-4)
 
 
-def test_a_scheme_is_refined() -> None:
+def test_a_scheme_is_refined_and_a_solver_asked_for_its_finer_self() -> None:
     assert Flow(plain(), FixedStep(Extrapolated(), h=1 / 4), 1).refine(3).solver == FixedStep(Extrapolated(), h=1 / 12)
-
-
-def test_a_solver_is_asked_for_its_finer_self() -> None:
     assert Flow(plain(), Pieces(4), 1).refine(3).solver == Pieces(12)
 
 
@@ -210,19 +191,10 @@ def test_wrapped_layers_are_weights_of_depth() -> None:
 
 
 # Noise and drift
-
-
-STOCHASTIC = [
-    "euler_maruyama",
-    "euler_maruyama:h=0.5",
-    "euler_maruyama:increments=brownian,h=0.25",
-    "milstein:h=0.25",
-    "brownian:method=euler,h=0.25",
-    "brownian:method=milstein,h=0.25",
-    "brownian:method=srk,h=0.5",
-    "brownian:method=milstein,h=0.25,rtol=0.01,atol=0.01",
-    "brownian:method=milstein,h=0.25,gradient=adjoint",
-]
+MILSTEIN = "brownian:method=milstein,h=0.25"
+STOCHASTIC = ["euler_maruyama", "euler_maruyama:h=0.5", "euler_maruyama:increments=brownian,h=0.25", "milstein:h=0.25"]
+STOCHASTIC += [MILSTEIN, "brownian:method=euler,h=0.25", "brownian:method=srk,h=0.5", f"{MILSTEIN},rtol=0.01,atol=0.01"]
+STOCHASTIC += [f"{MILSTEIN},gradient=adjoint"]
 
 
 @pytest.mark.parametrize("solver", STOCHASTIC)
@@ -262,8 +234,6 @@ def test_moments_and_strong_order_of_own_noise() -> None:
 
 
 # Networks
-
-
 @builder
 def own_network(solver: str = "euler", noise: bool = False) -> Network:
     torch.manual_seed(0)
@@ -276,7 +246,7 @@ def build_network(solver: Solver | str, noise: bool = False) -> Network:
 
 
 def images(batch: int = 5) -> Tensor:
-    return torch.randn(batch, 2, generator=torch.Generator().manual_seed(2), dtype=FLOAT64)
+    return states(batch, 2, seed=2)
 
 
 @pytest.mark.parametrize(
@@ -303,16 +273,7 @@ def test_files_refuse_solvers_that_text_cannot_name(solver: Solver, tmp_path: Pa
     assert torch.equal(loaded(images()), network.eval()(images()))
 
 
-@pytest.fixture
-def compiled_eagerly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Graphs run as they are traced instead of as machine code."""
-    compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", functools.wraps(compiler)(functools.partial(compiler, backend="eager")))
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("compiled_eagerly")
+@pytest.mark.usefixtures("graphs")
 @pytest.mark.parametrize("solver", [*OWN, "rk4", "dopri5"], ids=str)
 def test_compiled_networks_compute_the_same(solver: Solver | str) -> None:
     network = build_network(solver)
@@ -371,8 +332,6 @@ def test_weak_report_of_own_noise() -> None:
 
 
 # Verification
-
-
 def test_own_schemes_are_measured_as_those_of_the_library() -> None:
     (found,) = scheme_orders([Extrapolated()])
     assert found.passed

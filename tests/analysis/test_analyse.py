@@ -1,13 +1,16 @@
 """`continuum analyse`: a page that needs nothing but itself, its numbers, and what it says where something does not apply."""
 
+import copy
 import json
 import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
+from networks import build
 
 import continuum
 from continuum.analysis import convergence
@@ -15,27 +18,14 @@ from continuum.analysis.page import write_html, write_json
 from continuum.analysis.report import Sample, Section, entered, momentum_section, report
 from continuum.cli import main
 
-TITLES = [
-    "Flows",
-    "Order of convergence",
-    "Deep limit",
-    "Modified equation and stability",
-    "Momentum",
-    "Dynamics",
-    "Cost of a tolerance",
-    "Gradients",
-]
-
-
-def saved(network, path):
-    continuum.save(network, path)
-    return str(path)
+TITLES = ["Flows", "Order of convergence", "Deep limit", "Modified equation and stability", "Momentum", "Dynamics"]
+TITLES += ["Cost of a tolerance", "Gradients"]
 
 
 def analysed(network, folder, *arguments):
     """The page and the numbers of a network that reads the digits."""
-    checkpoint = saved(network, folder / "network.pt")
-    main(["analyse", checkpoint, "--data", "Digits", "--images", "4", "--out", str(folder / "out"), *arguments])
+    continuum.save(network, folder / "network.pt")
+    main(["analyse", str(folder / "network.pt"), "--data", "Digits", "--images", "4", "--out", str(folder / "out"), *arguments])
     page = (folder / "out" / "report.html").read_text(encoding="utf-8")
     return page, json.loads((folder / "out" / "report.json").read_text(encoding="utf-8"))
 
@@ -118,18 +108,11 @@ def test_what_a_network_does_not_have_is_left_out_and_said(tmp_path, capsys):
     assert "Momentum: Left out" in printed
 
 
-@pytest.mark.parametrize("build", ["stochastic_depth_resnet", "hamiltonian", "polynet"])
-def test_other_networks_are_analysed_as_far_as_it_goes(build):
-    torch.manual_seed(0)
-    builders = {
-        "stochastic_depth_resnet": lambda: continuum.zoo.stochastic_depth_resnet(14, width=4),
-        "hamiltonian": lambda: continuum.zoo.hamiltonian(38, widths=(4, 8, 8)),
-        "polynet": lambda: continuum.zoo.polynet(blocks=(1, 1, 1), width=4),
-    }
-    network = builders[build]().eval()
-    before = {name: value.clone() for name, value in network.state_dict().items()}
-    sample = Sample(torch.randn(2, 3, 8, 8), torch.arange(2))
-    sections = list(report(network, sample, {}))
+@pytest.mark.parametrize("name", ["stochastic_depth_resnet", "hamiltonian", "polynet"])
+def test_other_networks_are_analysed_as_far_as_it_goes(name):
+    network, _ = build(name)
+    before = copy.deepcopy(dict(network.eval().state_dict()))
+    sections = list(report(network, Sample(torch.randn(2, 3, 8, 8), torch.arange(2)), {}))
     assert [section.title for section in sections] == TITLES
     assert sections[0].rows
     torch.testing.assert_close(dict(network.state_dict()), before, rtol=0, atol=0)
@@ -160,31 +143,27 @@ def test_numbers_that_do_not_exist_are_null(tmp_path):
     assert "a &lt; b &amp; c" in page
 
 
-def test_a_training_that_was_cut_short(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.usefixtures("command_line")
+def test_a_training_that_was_cut_short():
+    network = ("--model.network=continuum.zoo.odenet", "--model.network.width=4", "--model.network.downsample=false")
     main(
         [
             "fit",
+            *network,
             "--trainer.max_steps=3",
             "--trainer.accelerator=cpu",
             "--trainer.logger=false",
-            "--model.network=continuum.zoo.odenet",
-            "--model.network.width=4",
-            "--model.network.downsample=false",
             "--data.train_size=64",
         ]
     )
-    checkpoint = next(tmp_path.rglob("last.ckpt"))
+    checkpoint = next(Path().rglob("last.ckpt"))
     main(["analyse", str(checkpoint), "--images", "4"])
     assert (checkpoint.parent / "analyse" / "report.html").is_file()
 
 
-def test_a_network_without_flows_is_refused(tmp_path, capsys):
-    checkpoint = saved(continuum.zoo.fractalnet(columns=2, widths=(4,), dropout=(0.0,)), tmp_path / "network.pt")
-    with pytest.raises(SystemExit) as stopped:
-        main(["analyse", checkpoint])
-    assert stopped.value.code == 2
-    assert "without a flow" in capsys.readouterr().err
+def test_a_network_without_flows_is_refused(tmp_path, refused):
+    continuum.save(continuum.zoo.fractalnet(columns=2, widths=(4,), dropout=(0.0,)), tmp_path / "network.pt")
+    assert "without a flow" in refused("analyse", tmp_path / "network.pt")
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -192,20 +171,8 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome on the PATH to open the report with")
 def test_a_browser_opens_it_without_complaint(tmp_path, folder):
-    opened = subprocess.run(
-        [
-            str(BROWSER),
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--enable-logging=stderr",
-            f"--user-data-dir={tmp_path / 'profile'}",
-            "--dump-dom",
-            (folder / "report.html").as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    options = ("--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom")
+    command = [str(BROWSER), *options, f"--user-data-dir={tmp_path / 'profile'}", (folder / "report.html").as_uri()]
+    opened = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert "<h2>Momentum</h2>" in opened.stdout
     assert "CONSOLE" not in opened.stderr

@@ -1,11 +1,13 @@
 """Dynamics of flows and costs of tolerances: linear flows with known singular values, and full Jacobians."""
 
+import copy
 import itertools
 import math
 
 import pytest
 import torch
-from problems import FLOAT64, MATRIX, tanh_layers
+from problems import FLOAT64, MATRIX, small_mlp, states, tanh_layers
+from runs import same_state
 from torch import nn
 
 import continuum
@@ -27,17 +29,13 @@ def network(*stages):
     return Network(nn.Identity(), stages, nn.Identity())
 
 
-def inputs(features=3, count=5):
-    return torch.randn(count, features, dtype=FLOAT64, generator=torch.Generator().manual_seed(1))
-
-
 def sigma_max(matrix):
     return float(torch.linalg.svdvals(matrix)[0])
 
 
 def test_linear_flow_stretches_as_its_exponential():
     flow = Flow(linear(MATRIX), "dopri5:rtol=1e-10,atol=1e-10", depth=2)
-    (found,) = flow_dynamics(network(flow), inputs())
+    (found,) = flow_dynamics(network(flow), states(5, 3))
     exact = sigma_max(torch.linalg.matrix_exp(2 * MATRIX))
     assert found.lipschitz == pytest.approx(exact, rel=1e-5)
     assert found.lyapunov == pytest.approx(math.log(exact) / 2, rel=1e-4)
@@ -46,11 +44,11 @@ def test_linear_flow_stretches_as_its_exponential():
 def test_linear_layers_stretch_as_the_product_of_their_matrices():
     others = [MATRIX, 0.5 * MATRIX.T, -MATRIX]
     flow = Flow(PiecewiseConstant(map(linear, others)), FixedStep(Euler(), gradient="checkpoint"), depth=3)
-    (found,) = flow_dynamics(network(flow), inputs())
+    (found,) = flow_dynamics(network(flow), states(5, 3))
     identity = torch.eye(3, dtype=FLOAT64)
     product = (identity + others[2]) @ (identity + others[1]) @ (identity + others[0])
     assert found.lipschitz == pytest.approx(sigma_max(product), rel=1e-5)
-    x = inputs()
+    x = states(5, 3)
     assert found.steps[0] == pytest.approx(float(((x @ others[0].T).norm(dim=1) / x.norm(dim=1)).mean()))
     x = x @ (identity + others[0]).T
     assert found.steps[1] == pytest.approx(float(((x @ others[1].T).norm(dim=1) / x.norm(dim=1)).mean()))
@@ -64,7 +62,7 @@ def sum_of_squares(matrix):
 
 @pytest.mark.parametrize("solver", ["euler", "rk4:h=0.5", "dopri5:rtol=1e-6,atol=1e-6"])
 def test_singular_values_are_those_of_the_full_jacobian(solver):
-    flow, x = Flow(tanh_layers(3, gain=2.0), solver, depth=3).eval(), inputs(4)
+    flow, x = Flow(tanh_layers(3, gain=2.0), solver, depth=3).eval(), states(5, 4)
     (found,) = flow_dynamics(network(flow), x)
     each = [sigma_max(torch.autograd.functional.jacobian(lambda y: flow(y[None])[0], row)) for row in x]
     rel = 1e-4 if "dopri5" in solver else 1e-5  # alone, an image takes other steps than in the batch
@@ -76,17 +74,17 @@ def test_singular_values_are_those_of_the_full_jacobian(solver):
 def test_memory_is_held():
     # One step of x+ = (1 - k) x + k x_before + A x, whose derivative with respect to x alone is (1 - k) I + A.
     flow = Flow(Momentum(linear(MATRIX), k=-0.5), FixedStep(LinearTwoStep()), depth=1).double()
-    found = largest_singular_values(flow, inputs(), torch.zeros_like(inputs()))
+    found = largest_singular_values(flow, states(5, 3), torch.zeros_like(states(5, 3)))
     exact = sigma_max(1.5 * torch.eye(3, dtype=FLOAT64) + MATRIX)
     assert found.tolist() == pytest.approx([exact] * 5, rel=1e-5)
 
 
 def test_every_accepted_step_has_its_size():
     flow = Flow(linear(MATRIX), "dopri5:rtol=1e-8,atol=1e-8", depth=2)
-    (found,) = flow_dynamics(network(flow), inputs())
-    flow(inputs())
+    (found,) = flow_dynamics(network(flow), states(5, 3))
+    flow(states(5, 3))
     assert len(found.steps) == flow.cost.accepted > 2
-    x, h = inputs(), flow.cost.grid[1]
+    x, h = states(5, 3), flow.cost.grid[1]
     assert found.steps[0] == pytest.approx(h * float(((x @ MATRIX.T).norm(dim=1) / x.norm(dim=1)).mean()))
 
 
@@ -96,44 +94,41 @@ def test_smoothness_at_the_nodes_of_an_expansion():
     expected = [sum_of_squares(b - a) / sum_of_squares(a) for a, b in itertools.pairwise(matrices)]
     for basis in (Hat(4, depth=6), Box(4, depth=6)):
         field = Expansion([linear(matrix) for matrix in matrices], basis)
-        (found,) = flow_dynamics(network(Flow(field, "rk4:h=0.5", depth=6)), inputs())
+        (found,) = flow_dynamics(network(Flow(field, "rk4:h=0.5", depth=6)), states(5, 3))
         assert found.smoothness == pytest.approx(expected)
     field = Expansion(linear(MATRIX), Legendre(3, depth=6))
-    assert flow_dynamics(network(Flow(field, "rk4", depth=6)), inputs())[0].smoothness == pytest.approx([0, 0], abs=1e-12)
-    assert flow_dynamics(network(Flow(MLP(3, 4), "rk4", depth=1)), inputs())[0].smoothness == []
+    assert flow_dynamics(network(Flow(field, "rk4", depth=6)), states(5, 3))[0].smoothness == pytest.approx([0, 0], abs=1e-12)
+    assert flow_dynamics(network(Flow(MLP(3, 4), "rk4", depth=1)), states(5, 3))[0].smoothness == []
 
 
 def test_smoothness_leaves_out_the_k_of_momentum():
     layers = [linear(MATRIX), Momentum(linear(MATRIX), k=-0.1), Momentum(linear(2 * MATRIX), k=-0.9)]
     flow = Flow(PiecewiseConstant(layers), FixedStep(LinearTwoStep()), depth=3)
-    assert flow_dynamics(network(flow), inputs())[0].smoothness == pytest.approx([0, 1])
+    assert flow_dynamics(network(flow), states(5, 3))[0].smoothness == pytest.approx([0, 1])
 
 
 @pytest.mark.parametrize("build", ["lm_resnet", "stochastic_depth_resnet", "odenet"])
 def test_published_networks(build):
     torch.manual_seed(0)
     built = continuum.zoo.odenet(width=8, downsample=False) if build == "odenet" else getattr(continuum.zoo, build)(14)
-    images = torch.randn(2, 1 if build == "odenet" else 3, 8, 8)
-    before = {name: value.clone() for name, value in built.state_dict().items()}
-    found = flow_dynamics(built, images)
+    before = copy.deepcopy(built)
+    found = flow_dynamics(built, torch.randn(2, 1 if build == "odenet" else 3, 8, 8))
     assert len(found) == len(built.flows)
     for row in found:
-        assert math.isfinite(row.lipschitz)
-        assert row.lipschitz > 0
+        assert 0 < row.lipschitz < math.inf
         assert row.steps
         assert math.isfinite(row.lyapunov)
     assert built.training
-    assert all(torch.equal(value, before[name]) for name, value in built.state_dict().items())
+    assert same_state(built, before)
 
 
 def sweep(dtype=FLOAT64, tolerances=(1e-2, 1e-4, 1e-6)):
-    torch.manual_seed(0)
-    field = MLP(4, hidden=16)
+    field = small_mlp(4, 16)
     with torch.no_grad():
         for parameter in field.parameters():
             parameter.mul_(3)
     net = Network(nn.Identity(), [Flow(field, "dopri5", depth=1), Flow(field, "dopri5", depth=2)], nn.Linear(4, 3)).to(dtype)
-    images = inputs(4, 6).to(dtype)
+    images = states(6, 4).to(dtype)
     return net, tolerance_sweep(net, images, net(images).argmax(1), ("dopri5", "bosh3"), tolerances)
 
 
@@ -152,20 +147,19 @@ def test_error_falls_and_evaluations_grow_with_the_tolerance():
 
 def test_costs_and_errors_are_those_of_the_flows():
     net, rows = sweep(tolerances=(1e-3,))
-    x = inputs(4, 6)
+    x = states(6, 4)
     net.requires_grad_(False)
     first, second = (flow.with_solver("dopri5:rtol=1e-3,atol=1e-3") for flow in net.flows)
     logits = net.head(second(first(x)))
-    assert rows[0].evaluations == first.cost.evaluations + second.cost.evaluations
-    assert rows[0].accepted == first.cost.accepted + second.cost.accepted
-    assert rows[0].rejected == first.cost.rejected + second.cost.rejected
+    for count in ("evaluations", "accepted", "rejected"):
+        assert getattr(rows[0], count) == getattr(first.cost, count) + getattr(second.cost, count)
     exact = net.with_solver("dopri8:rtol=1e-10,atol=1e-10")(x)
     assert rows[0].error == pytest.approx(float(((logits - exact).norm(dim=1) / exact.norm(dim=1)).max()), rel=0.05)
 
 
 def test_float32_and_labels_that_are_wrong():
     net, _ = sweep(torch.float32, (1e-2,))
-    images = inputs(4, 6).float()
+    images = states(6, 4).float()
     labels = (net(images).argmax(1) + 1) % 3
     labels[0] = net(images).argmax(1)[0]
     (row,) = tolerance_sweep(net, images, labels, ["dopri5"], [1e-5])
@@ -177,11 +171,10 @@ def test_a_method_that_fails_and_a_network_that_cannot_be_solved():
     field = Autonomous(nn.Linear(2, 2, bias=False).double())
     with torch.no_grad():
         field.module.weight.copy_(torch.tensor([[math.nan, 0.0], [0.0, 1.0]]))
-    (row,) = tolerance_sweep(network(Flow(field, "euler", depth=1)), inputs(2, 2), torch.zeros(2), ["dopri5"], [1e-2])
+    (row,) = tolerance_sweep(network(Flow(field, "euler", depth=1)), states(2, 2), torch.zeros(2), ["dopri5"], [1e-2])
     assert row.failure
-    assert math.isnan(row.error)
-    assert math.isnan(row.evaluations)
+    assert all(map(math.isnan, (row.error, row.evaluations)))
     with pytest.raises(TypeError, match="no flow"):
-        tolerance_sweep(network(), inputs(2, 2), torch.zeros(2))
+        tolerance_sweep(network(), states(2, 2), torch.zeros(2))
     with pytest.raises(ValueError, match="one label"):
-        tolerance_sweep(network(Flow(field, "euler", depth=1)), inputs(2, 2), torch.zeros(3))
+        tolerance_sweep(network(Flow(field, "euler", depth=1)), states(2, 2), torch.zeros(3))

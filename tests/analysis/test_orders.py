@@ -5,35 +5,19 @@ import math
 
 import pytest
 import torch
-from problems import FLOAT64, Function, tanh_layers
+from problems import states, tanh_layers
 from torch import nn
 
 from continuum import Autonomous, Field, Flow, PiecewiseConstant
 from continuum.analysis import convergence
 from continuum.analysis.convergence import Convergence, deep_limit, sampled, scheme_errors
 from continuum.bases import Box, Chebyshev, Fourier, Hat
-from continuum.fields import MLP, Coupled, Momentum, ODENetBranch, Scaled, SecondOrder
+from continuum.fields import MLP, Coupled, Function, Momentum, ODENetBranch, Scaled, SecondOrder
 from continuum.noise import StochasticDepth
-from continuum.schemes import (
-    RK4,
-    AdamsBashforth,
-    Coupling,
-    Euler,
-    Heun,
-    Kutta3,
-    LinearTwoStep,
-    Midpoint,
-    Scheme,
-    TwoStepMidpoint,
-    Verlet,
-)
+from continuum.schemes import RK4, Coupling, Euler, Heun, Kutta3, Midpoint, Scheme, Verlet
+from continuum.schemes.multistep import AdamsBashforth, LinearTwoStep, TwoStepMidpoint
 from continuum.solvers import SolveError
 from continuum.weights import Expansion
-
-
-def states(features: int = 4, seed: int = 1) -> torch.Tensor:
-    torch.manual_seed(seed)
-    return torch.randn(3, features, dtype=FLOAT64)
 
 
 def momentum_layers(*ks: float) -> PiecewiseConstant:
@@ -49,28 +33,23 @@ def expansion(basis, features: int = 4, seed: int = 0) -> Expansion:
 FINE = (4, 8, 16, 32)
 
 
-@pytest.mark.parametrize(
-    ("field", "depth", "scheme", "per_layer"),
-    [
-        (tanh_layers(3), 3, Euler(), (16, 32, 64)),
-        (tanh_layers(3), 3, Midpoint(), FINE),
-        (tanh_layers(3), 3, Heun(), FINE),
-        (tanh_layers(3), 3, Kutta3(), FINE),
-        (tanh_layers(3), 3, RK4(), (2, 4, 8)),
-        (tanh_layers(3), 3, AdamsBashforth(2), FINE),
-        (tanh_layers(1), 1, TwoStepMidpoint(), FINE),
-        (momentum_layers(-0.3), 1, LinearTwoStep(), FINE),
-        (momentum_layers(-0.1, -0.3, 0.2), 3, LinearTwoStep(), (32, 64, 128)),
-        (momentum_layers(-0.1, -0.3, 0.2), 3, Midpoint(), FINE),
-        (expansion(Chebyshev(3, depth=2.0)), 2, RK4(), (4, 8, 16)),
-        (expansion(Hat(3, depth=2.0)), 2, AdamsBashforth(3), (8, 16, 32)),
-        (Coupled(*tanh_layers(2, features=2).layers), 1, Coupling(), FINE),
-        (Coupled(*tanh_layers(2, features=2).layers), 1, Verlet(), FINE),
-    ],
-    ids=lambda value: str(value) if isinstance(value, Scheme) else type(value).__name__,
-)
+CASES = [
+    (tanh_layers(3), 3, Euler(), (16, 32, 64)),
+    *((tanh_layers(3), 3, scheme, FINE) for scheme in (Midpoint(), Heun(), Kutta3(), AdamsBashforth(2))),
+    (tanh_layers(3), 3, RK4(), (2, 4, 8)),
+    (tanh_layers(1), 1, TwoStepMidpoint(), FINE),
+    (momentum_layers(-0.3), 1, LinearTwoStep(), FINE),
+    (momentum_layers(-0.1, -0.3, 0.2), 3, LinearTwoStep(), (32, 64, 128)),
+    (momentum_layers(-0.1, -0.3, 0.2), 3, Midpoint(), FINE),
+    (expansion(Chebyshev(3, depth=2.0)), 2, RK4(), (4, 8, 16)),
+    (expansion(Hat(3, depth=2.0)), 2, AdamsBashforth(3), (8, 16, 32)),
+    *((Coupled(*tanh_layers(2, features=2).layers), 1, scheme, FINE) for scheme in (Coupling(), Verlet())),
+]
+
+
+@pytest.mark.parametrize(("field", "depth", "scheme", "per_layer"), CASES)
 def test_every_scheme_falls_with_its_order(field: Field, depth: int, scheme: Scheme, per_layer: tuple[int, ...]) -> None:
-    found = scheme_errors(Flow(field, "dopri5", depth), states(), scheme, per_layer)
+    found = scheme_errors(Flow(field, "dopri5", depth), states(3, 4), scheme, per_layer)
     assert (found.name, found.steps, found.expected) == (str(scheme), per_layer, scheme.order)
     assert found.order == pytest.approx(scheme.order, abs=0.2)
 
@@ -78,7 +57,7 @@ def test_every_scheme_falls_with_its_order(field: Field, depth: int, scheme: Sch
 @torch.no_grad()
 def test_errors_are_those_of_a_plain_loop() -> None:
     """Euler's steps of 1/m on (1 + k) x' = f, layer by layer, against RK4's of 1/200."""
-    field, x = momentum_layers(-0.3, 0.2), states()
+    field, x = momentum_layers(-0.3, 0.2), states(3, 4)
 
     def loop(m: int, step) -> torch.Tensor:
         y = x
@@ -105,12 +84,10 @@ def test_a_flow_stays_as_it_is() -> None:
     flow = Flow(Autonomous(nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Tanh(), nn.Dropout(0.5))), "euler", 1)
     flow.field.module[0].eval()
     before = copy.deepcopy(flow.state_dict())
-    found = scheme_errors(flow, states().float(), RK4(), (2, 4))
-    assert found == scheme_errors(copy.deepcopy(flow).double().eval(), states().float().double(), RK4(), (2, 4))
+    found = scheme_errors(flow, states(3, 4).float(), RK4(), (2, 4))
+    assert found == scheme_errors(copy.deepcopy(flow).double().eval(), states(3, 4).float().double(), RK4(), (2, 4))
     assert found.errors[-1] < 1e-6  # of float64, and without dropout
-    assert all(
-        torch.equal(value, before[name]) and value.dtype == before[name].dtype for name, value in flow.state_dict().items()
-    )
+    torch.testing.assert_close(dict(flow.state_dict()), dict(before), rtol=0, atol=0)
     assert [module.training for module in flow.field.module] == [False, True, True, True]
     assert flow.cost is None
 
@@ -118,8 +95,8 @@ def test_a_flow_stays_as_it_is() -> None:
 def test_noise_is_left_out() -> None:
     (layer,) = tanh_layers(1).layers
     noisy = Flow(StochasticDepth(layer, 0.5), "euler_maruyama", 1)
-    assert scheme_errors(noisy, states(), Midpoint(), (2, 4)).errors == pytest.approx(
-        scheme_errors(Flow(layer.scaled(0.5), "euler", 1), states(), Midpoint(), (2, 4)).errors, rel=1e-9
+    assert scheme_errors(noisy, states(3, 4), Midpoint(), (2, 4)).errors == pytest.approx(
+        scheme_errors(Flow(layer.scaled(0.5), "euler", 1), states(3, 4), Midpoint(), (2, 4)).errors, rel=1e-9
     )
 
 
@@ -135,35 +112,39 @@ def test_only_errors_above_the_floor_count() -> None:
     assert Convergence("", (1, 2, 4, 8), (1e-2, 1e-4, 1e-6, 3e-10), 4, floor=1e-9).order == pytest.approx(math.log2(100))
     assert math.isnan(Convergence("", (1, 2), (1e-2, 1e-12), 4).order)
     still = Flow(Function(lambda t, x: 0 * x), "euler", 1)
-    assert scheme_errors(still, states(), Euler()).errors == (0,) * 5
+    assert scheme_errors(still, states(3, 4), Euler()).errors == (0,) * 5
 
 
-def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    flow = Flow(tanh_layers(2), "euler", 2)
-    for wrong in ((0, 1), (2.0,), (True, 2)):
-        with pytest.raises(ValueError, match="positive integers"):
-            scheme_errors(flow, states(), Euler(), wrong)
-    with pytest.raises(TypeError, match="Momentum"):
-        scheme_errors(flow, states(), LinearTwoStep())
-    with pytest.raises(TypeError, match="project"):
-        deep_limit(flow.field, states())
-    with pytest.raises(TypeError, match="project"):
-        sampled(flow.field, 4)
-    with pytest.raises(ValueError, match="layers"):
-        sampled(expansion(Hat(2)), 0)
+FLOW, WRONG = Flow(tanh_layers(2), "euler", 2), ((0, 1), (2.0,), (True, 2))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        *((lambda m=m: scheme_errors(FLOW, states(3, 4), Euler(), m), ValueError, "positive integers") for m in WRONG),
+        (lambda: scheme_errors(FLOW, states(3, 4), LinearTwoStep()), TypeError, "Momentum"),
+        (lambda: deep_limit(FLOW.field, states(3, 4)), TypeError, "project"),
+        (lambda: sampled(FLOW.field, 4), TypeError, "project"),
+        (lambda: sampled(expansion(Hat(2)), 0), ValueError, "layers"),
+    ],
+)
+def test_what_is_refused(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_a_reference_has_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(convergence, "EVALUATIONS", 10)
     with pytest.raises(SolveError, match="budget"):
-        scheme_errors(flow, states(), Euler())
+        scheme_errors(FLOW, states(3, 4), Euler())
 
 
 # The deep limit
-
-
 @pytest.mark.parametrize(
     "basis", [Chebyshev(4, depth=3.0), Fourier(5, depth=3.0), Hat(4, depth=3.0), Hat(3, depth=0.5)], ids=str
 )
 def test_networks_of_more_layers_approach_their_limit_with_order_one(basis) -> None:
-    found = deep_limit(expansion(basis), states())
+    found = deep_limit(expansion(basis), states(3, 4))
     assert found.steps == (8, 16, 32, 64, 128)
     assert found.expected == 1
     assert found.order == pytest.approx(1, abs=0.1)
@@ -171,7 +152,7 @@ def test_networks_of_more_layers_approach_their_limit_with_order_one(basis) -> N
 
 def test_layers_are_samples_of_the_weights() -> None:
     """x+ = x + (T / N) f(i T / N, x; theta(i T / N)), depth and all, written out."""
-    field, x, count = expansion(Fourier(3, depth=2.0)), states(), 5
+    field, x, count = expansion(Fourier(3, depth=2.0)), states(3, 4), 5
     network = sampled(field, count)
     y = x
     for i in range(count):
@@ -195,7 +176,7 @@ def test_samples_with_batch_statistics_and_tied_weights() -> None:
     with torch.no_grad():
         for tensor in (*field.parameters(), field.field.module[1].running_mean, field.field.module[1].running_var):
             tensor.copy_(1 + torch.rand_like(tensor))
-    x = states()
+    x = states(3, 4)
     for mode in (True, False):
         field.train(mode)
         network = sampled(copy.deepcopy(field), 4)
@@ -208,19 +189,13 @@ def test_samples_with_batch_statistics_and_tied_weights() -> None:
 
 
 def test_a_field_held_at_a_depth_can_be_stepped_by_the_same_schemes() -> None:
-    x = states()
+    x = states(3, 4)
     f, g = expansion(Chebyshev(2), features=4), expansion(Chebyshev(2), features=2, seed=1)
-    for field, kind in (
-        (Momentum(f, k=-0.3), Momentum),
-        (SecondOrder(g), SecondOrder),
-        (Coupled(g, g), Coupled),
-        (Scaled(f, 0.5), Scaled),
-        (f, Field),
-        (PiecewiseConstant([Momentum(f, k=0.1)]), Momentum),
-    ):
+    layer = PiecewiseConstant([Momentum(f, k=0.1)])
+    for field in (Momentum(f, k=-0.3), SecondOrder(g), Coupled(g, g), Scaled(f, 0.5), f, layer):
         field.train()
         autonomous = field.held(0.3)
-        assert isinstance(autonomous, kind)
+        assert isinstance(autonomous, Momentum if field is layer else Field if field is f else type(field))
         assert autonomous.training
         for t in (0.0, 0.9):
             assert torch.allclose(autonomous(t, x), field(0.3, x), rtol=0, atol=1e-13)

@@ -1,18 +1,20 @@
 """Weak and strong convergence: closed forms, sampled errors beside independent computations, and reports on networks."""
 
+import copy
 import csv
 import json
 import math
-import sys
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from problems import FLOAT64, Function, Negative
+from problems import FLOAT64, Negative, states
+from runs import same_state
 from torch import Tensor
 
 import continuum
@@ -22,44 +24,40 @@ from continuum.analysis.plots import plot_weak
 from continuum.analysis.stochastic import limit_moment, linear_moment, strong_errors, weak_errors
 from continuum.analysis.weak import weak_report
 from continuum.cli import main
+from continuum.fields import Function
 from continuum.noise import Bernoulli, Dropout, Gaussian, Law, ShakeShake, StochasticDepth, StochasticField
 from continuum.schemes import EulerMaruyama, Milstein, StochasticTwoStep
+from continuum.zoo import BUILDERS
 
 OWN, BROWNIAN = EulerMaruyama("own"), EulerMaruyama("brownian")
 UNUSED = Autonomous(Negative())
 SIZES = (8, 16, 32, 64, 128)
 
+
 # Closed forms
+def depth(p: float) -> tuple[StochasticField, Sequence[float]]:
+    return StochasticDepth(UNUSED, p), [1.0]
+
+
+SHAKE = ShakeShake(UNUSED, UNUSED), [1.0, -1.0]
 
 
 @pytest.mark.parametrize(
-    ("p", "q", "exact", "errors"),
+    ("case", "q", "exact", "errors"),
     [
-        (0.5, 1, "1.64872", "2.455e-2 1.257e-2 6.362e-3 3.200e-3 1.605e-3"),
-        (0.5, 2, "3.49034", "2.084e-1 1.097e-1 5.636e-2 2.857e-2 1.438e-2"),
-        (0.5, 3, "9.48774", "1.377 7.542e-1 3.960e-1 2.031e-1 1.029e-1"),
-        (0.8, 1, "2.22554", "8.195e-2 4.267e-2 2.178e-2 1.101e-2 5.534e-3"),
-        (0.8, 2, "5.81244", "5.735e-1 3.069e-1 1.590e-1 8.100e-2 4.088e-2"),
-        (0.8, 3, "17.81427", "3.656 2.151 1.228 6.957e-1 3.979e-1"),
+        (depth(0.5), 1, "1.64872", "2.455e-2 1.257e-2 6.362e-3 3.200e-3 1.605e-3"),
+        (depth(0.5), 2, "3.49034", "2.084e-1 1.097e-1 5.636e-2 2.857e-2 1.438e-2"),
+        (depth(0.5), 3, "9.48774", "1.377 7.542e-1 3.960e-1 2.031e-1 1.029e-1"),
+        (depth(0.8), 1, "2.22554", "8.195e-2 4.267e-2 2.178e-2 1.101e-2 5.534e-3"),
+        (depth(0.8), 2, "5.81244", "5.735e-1 3.069e-1 1.590e-1 8.100e-2 4.088e-2"),
+        (depth(0.8), 3, "17.81427", "3.656 2.151 1.228 6.957e-1 3.979e-1"),
+        (SHAKE, 2, "1.395612", "9.399e-3 4.771e-3 2.404e-3 1.207e-3 6.046e-4"),
+        (SHAKE, 3, "2.718282", "1.525e-1 8.035e-2 4.129e-2 2.094e-2 1.054e-2"),
+        (SHAKE, 4, "7.389056", "1.308 7.323e-1 3.893e-1 2.010e-1 1.022e-1"),
     ],
 )
-def test_moments_of_stochastic_depth(p: float, q: int, exact: str, errors: str) -> None:
-    assert_table(StochasticDepth(UNUSED, p), [1.0], q, exact, errors)
-
-
-@pytest.mark.parametrize(
-    ("q", "exact", "errors"),
-    [
-        (2, "1.395612", "9.399e-3 4.771e-3 2.404e-3 1.207e-3 6.046e-4"),
-        (3, "2.718282", "1.525e-1 8.035e-2 4.129e-2 2.094e-2 1.054e-2"),
-        (4, "7.389056", "1.308 7.323e-1 3.893e-1 2.010e-1 1.022e-1"),
-    ],
-)
-def test_moments_of_shake_shake(q: int, exact: str, errors: str) -> None:
-    assert_table(ShakeShake(UNUSED, UNUSED), [1.0, -1.0], q, exact, errors)
-
-
-def assert_table(field: StochasticField, rates: Sequence[float], q: int, exact: str, errors: str) -> None:
+def test_moments_of_stochastic_depth_and_shake_shake(case, q: int, exact: str, errors: str) -> None:
+    field, rates = case
     limit = limit_moment(field, rates, q)
     assert f"{limit:.{len(exact.partition('.')[2])}f}" == exact
     for steps, printed in zip(SIZES, errors.split(), strict=True):
@@ -125,19 +123,7 @@ def test_linear_moments_of_brownian_steps_are_those_of_normals() -> None:
         assert abs(float((ends**m).mean()) - expected) < 3 * float((ends**m).std()) / math.sqrt(len(ends))
 
 
-def test_what_closed_forms_refuse() -> None:
-    with pytest.raises(TypeError, match="StochasticTwoStep"):
-        linear_moment(StochasticDepth(UNUSED, 0.5), StochasticTwoStep(), [1.0], 8, 2)
-    with pytest.raises(ValueError, match="varies with depth"):
-        limit_moment(StochasticDepth(UNUSED, lambda t: 1 - t / 2), [1.0], 2)
-    with pytest.raises(ValueError, match="two or more"):
-        order([8], [0.1])
-    with pytest.raises(ValueError, match="other than 0"):
-        order([8, 16], [0.1, 0.0])
-
-
 # Sampled paths
-
 GRID = np.linspace(-12, 12, 1201)
 NORMAL = np.polynomial.hermite_e.hermegauss(24)
 Moves = Sequence[tuple[Callable[[np.ndarray], np.ndarray], float]]
@@ -151,9 +137,8 @@ def averaged(moves: Moves) -> np.ndarray:
         place = np.clip((GRID + move(GRID) + 12) / 0.02, 1, len(GRID) - 3)
         i = np.floor(place).astype(int)
         s = place - i
-        for k, value in enumerate(
-            (-s * (s - 1) * (s - 2) / 6, (s + 1) * (s - 1) * (s - 2) / 2, -(s + 1) * s * (s - 2) / 2, (s + 1) * s * (s - 1) / 6)
-        ):
+        outer, inner = s * (s - 1) / 6, (s + 1) * (s - 2) / 2
+        for k, value in enumerate((-outer * (s - 2), inner * (s - 1), -inner * s, outer * (s + 1))):
             matrix[rows, i + k - 1] += weight * value
     return matrix
 
@@ -181,12 +166,11 @@ def bernoulli(h: float, p: float, f: Callable, divisor: float = 1.0) -> np.ndarr
 
 def uniform(h: float, one: Callable, other: Callable) -> np.ndarray:
     nodes, weights = np.polynomial.legendre.leggauss(20)
-    return averaged(
-        [
-            (lambda x, e=e: h * (one(x) + other(x)) / 2 + math.sqrt(h) * e / 2 * (one(x) - other(x)), w / 2)
-            for e, w in zip(nodes, weights, strict=True)
-        ]
-    )
+
+    def move(x: np.ndarray, e: float) -> np.ndarray:
+        return h * (one(x) + other(x)) / 2 + math.sqrt(h) * e / 2 * (one(x) - other(x))
+
+    return averaged([(partial(move, e=e), w / 2) for e, w in zip(nodes, weights, strict=True)])
 
 
 def slope(x):
@@ -199,34 +183,30 @@ TESTS: dict[str, tuple[Callable, Callable]] = {  # on tensors and on arrays
     "cube": (lambda x: x[:, 0] ** 3, lambda x: x**3),
     "bump": (lambda x: torch.exp(-(x[:, 0] ** 2)), lambda x: np.exp(-(x**2))),
 }
-CASES = {
-    "stochastic depth": (
-        StochasticDepth(TANH, 0.5),
-        lambda h: bernoulli(h, 0.5, slope),
-        (lambda x: 0.5 * slope(x), lambda x: 0.5 * slope(x)),
-    ),
-    "shake-shake": (
-        ShakeShake(TANH, SINE, backward_mode="shake"),
-        lambda h: uniform(h, slope, lambda x: -np.sin(x)),
-        (lambda x: (slope(x) - np.sin(x)) / 2, lambda x: (slope(x) + np.sin(x)) / math.sqrt(12)),
-    ),
-    "gaussian": (
-        Gaussian(TANH, 0.6, "multiplicative"),
-        lambda h: euler_maruyama(h, slope, lambda x: 0.6 * x),
-        (slope, lambda x: 0.6 * x),
-    ),
-    "dropout": (
-        Dropout(TANH, 0.4),
-        lambda h: bernoulli(h, 0.6, slope, divisor=0.6),
-        (slope, lambda x: math.sqrt(0.4 / 0.6) * slope(x)),
-    ),
+FIELDS = {
+    "stochastic depth": StochasticDepth(TANH, 0.5),
+    "shake-shake": ShakeShake(TANH, SINE, backward_mode="shake"),
+    "gaussian": Gaussian(TANH, 0.6, "multiplicative"),
+    "dropout": Dropout(TANH, 0.4),
+}
+STEPS = {
+    "stochastic depth": lambda h: bernoulli(h, 0.5, slope),
+    "shake-shake": lambda h: uniform(h, slope, lambda x: -np.sin(x)),
+    "gaussian": lambda h: euler_maruyama(h, slope, lambda x: 0.6 * x),
+    "dropout": lambda h: bernoulli(h, 0.6, slope, divisor=0.6),
+}
+LIMITS = {  # drift and diffusion
+    "stochastic depth": (lambda x: 0.5 * slope(x), lambda x: 0.5 * slope(x)),
+    "shake-shake": (lambda x: (slope(x) - np.sin(x)) / 2, lambda x: (slope(x) + np.sin(x)) / math.sqrt(12)),
+    "gaussian": (slope, lambda x: 0.6 * x),
+    "dropout": (slope, lambda x: math.sqrt(0.4 / 0.6) * slope(x)),
 }
 START = torch.tensor([[0.4]], dtype=FLOAT64)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", FIELDS)
 def test_sampled_weak_errors_beside_expectations_by_quadrature(name: str) -> None:
-    field, own, (drift, diffusion) = CASES[name]
+    field, own, (drift, diffusion) = FIELDS[name], STEPS[name], LIMITS[name]
     steps, fine = (1, 2, 4, 8), 128
     tests = {key: on_tensors for key, (on_tensors, _) in TESTS.items()}
     found = weak_errors(field, OWN, START, 1.0, steps, tests, paths=40_000, reference_steps=fine, seed=1)
@@ -313,17 +293,13 @@ def test_dropout_of_two_entries_beside_all_its_outcomes() -> None:
 
 
 MATRIX = torch.tensor([[-0.4, 1.2, 0.1], [-0.7, 0.2, 0.5], [0.3, 0.0, -0.8]], dtype=FLOAT64)
+FAST, TURNED = Function(lambda t, x: torch.sin(2 * x)), Function(lambda t, x: -1.5 * x.flip(1))
 STRONG = {
-    "scalar": (StochasticDepth(Function(lambda t, x: x), 0.5), torch.ones(1, 1, dtype=FLOAT64)),
-    "matrix": (
-        StochasticDepth(Function(lambda t, x: x @ (1.5 * MATRIX).T), 0.5),
-        torch.tensor([[1.0, -0.5, 0.7]], dtype=FLOAT64),
-    ),
-    "shake-shake": (
-        ShakeShake(Function(lambda t, x: torch.sin(2 * x)), Function(lambda t, x: -1.5 * x.flip(1)), backward_mode="keep"),
-        torch.tensor([[1.0, -0.5]], dtype=FLOAT64),
-    ),
+    "scalar": (StochasticDepth(Function(lambda t, x: x), 0.5), [1.0]),
+    "matrix": (StochasticDepth(Function(lambda t, x: x @ (1.5 * MATRIX).T), 0.5), [1.0, -0.5, 0.7]),
+    "shake-shake": (ShakeShake(FAST, TURNED, backward_mode="keep"), [1.0, -0.5]),
 }
+STRONG = {name: (field, torch.tensor([start], dtype=FLOAT64)) for name, (field, start) in STRONG.items()}
 
 
 @pytest.mark.parametrize("name", STRONG)
@@ -362,26 +338,7 @@ def test_sampling_repeats_itself_and_leaves_the_generator_alone() -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_what_sampling_refuses() -> None:
-    def run(field=CASES["dropout"][0], scheme=OWN, x=START, steps=(2,), paths=4):
-        return strong_errors(field, scheme, x, 1.0, steps, paths, 8, 0)
-
-    run()
-    with pytest.raises(ValueError, match="no multiple of \\[3\\]"):
-        run(steps=(2, 3))
-    with pytest.raises(ValueError, match="one state"):
-        run(x=START.expand(2, 1))
-    with pytest.raises(ValueError, match="two or more paths"):
-        run(paths=1)
-    with pytest.raises(TypeError, match="Milstein"):
-        run(scheme=Milstein())
-    with pytest.raises(TypeError, match="no noise"):
-        run(field=TANH)
-
-
 # Networks
-
-
 def seeded(build: Callable[..., continuum.Network], **options) -> continuum.Network:
     torch.manual_seed(0)
     network = build(14, width=4, in_channels=1, **options).double().eval()
@@ -391,7 +348,7 @@ def seeded(build: Callable[..., continuum.Network], **options) -> continuum.Netw
 
 
 def pictures(count: int = 4) -> Tensor:
-    return torch.randn(count, 1, 8, 8, dtype=FLOAT64, generator=torch.Generator().manual_seed(7))
+    return states(count, 1, 8, 8, seed=7)
 
 
 def test_the_noise_of_the_layers() -> None:
@@ -453,19 +410,11 @@ def test_a_law_along_one_field() -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("build", "options"),
-    [
-        (zoo.stochastic_depth_resnet, {}),
-        (zoo.shake_shake, {"backward_mode": "keep"}),
-        (zoo.stochastic_lm_resnet, {}),
-        (zoo.dropout_resnet, {}),
-    ],
-    ids=lambda value: getattr(value, "__name__", ""),
-)
-def test_a_report_beside_plain_samples(build: Callable[..., continuum.Network], options: dict) -> None:
+@pytest.mark.parametrize("name", ["stochastic_depth_resnet", "shake_shake", "stochastic_lm_resnet", "dropout_resnet"])
+def test_a_report_beside_plain_samples(name: str) -> None:
     """E g of the network, of its SDE and of its evaluation, beside `Network.sample` under other draws."""
-    network, images, paths = seeded(build, **options), pictures(), 60
+    options = {"backward_mode": "keep"} if name == "shake_shake" else {}
+    network, images, paths = seeded(BUILDERS[name], **options), pictures(), 60
     report = weak_report(network, images, paths, steps_per_layer=4, seed=0)
     gaps = {(gap.test, gap.number, gap.between): gap for gap in report.gaps}
     torch.manual_seed(3)
@@ -535,46 +484,21 @@ def test_a_report_leaves_all_as_it_was() -> None:
     network, images = seeded(zoo.stochastic_depth_resnet), pictures()
     network.train()
     network.head.eval()
-    modes = [module.training for module in network.modules()]
-    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
-    state = torch.get_rng_state()
+    modes, before, state = [module.training for module in network.modules()], copy.deepcopy(network), torch.get_rng_state()
     one, two, other = (weak_report(network, images, 2, 2, seed) for seed in (0, 0, 1))
     assert one.gaps == two.gaps != other.gaps
     assert modes == [module.training for module in network.modules()]
-    assert all(torch.equal(buffers[name], buffer) for name, buffer in network.named_buffers())
+    assert same_state(network, before)
     assert torch.equal(state, torch.get_rng_state())
     # Solvers do not matter: a report is on one step a layer.
     assert weak_report(network.with_solver("euler_maruyama:h=0.25"), images, 2, 2, 0).gaps == one.gaps
 
 
-def test_what_a_report_refuses() -> None:
-    network, images = seeded(zoo.dropout_resnet), pictures()
-    with pytest.raises(TypeError, match="no noise"):
-        weak_report(network.drift(), images, 2, 2, 0)
-    for paths, steps in ((1, 2), (2, 3), (2, 0)):
-        with pytest.raises(ValueError, match="even number"):
-            weak_report(network, images, paths, steps, 0)
-    with pytest.raises(ValueError, match=r"0\.5"):
-        weak_report(headed(Flow(StochasticDepth(TANH, 0.5), "euler_maruyama:h=0.5", 0.5)), images, 2, 2, 0)
-
-
 # The command
-
-
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    monkeypatch.setattr(sys, "argv", ["continuum"])
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def saved(name: str, network: continuum.Network) -> str:
-    continuum.save(network, name)
-    return name
-
-
-def test_the_command(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = saved("noisy.pt", zoo.stochastic_depth_resnet(14, width=4, in_channels=1))
+@pytest.mark.usefixtures("command_line")
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    path = "noisy.pt"
+    continuum.save(zoo.stochastic_depth_resnet(14, width=4, in_channels=1), path)
     options = ("--data", "Digits", "--images", "6", "--paths", "4", "--steps", "2", "--seed", "5", "--device", "cpu")
     main(["weak", path, *options])
     out = capsys.readouterr().out
@@ -597,30 +521,61 @@ def test_the_command(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert Path("elsewhere/weak.csv").read_text() == Path("weak/weak.csv").read_text()
 
 
-def test_a_picture_of_layers_without_noise_and_of_zeros(here: Path) -> None:
+@pytest.mark.usefixtures("command_line")
+def test_a_picture_of_layers_without_noise_and_of_zeros() -> None:
     network = small_network(StochasticDepth(TANH, 1.0), Gaussian(TANH, 0.0))
     plot_weak(weak_report(network, pictures(), 2, 2, 0), "weak.png")
     assert Path("weak.png").stat().st_size > 5000
 
 
-def test_what_the_command_refuses(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    noisy = saved("noisy.pt", zoo.dropout_resnet(14, width=4, in_channels=1))
-    colours = saved("colours.pt", zoo.dropout_resnet(14, width=4, in_channels=3))
-    silent = saved("silent.pt", continuum.zoo.preresnet(14, width=4, in_channels=1))
+@pytest.mark.usefixtures("command_line")
+def test_what_the_command_refuses(refused: Callable[..., str]) -> None:
+    continuum.save(zoo.dropout_resnet(14, width=4, in_channels=1), "noisy.pt")
+    continuum.save(zoo.dropout_resnet(14, width=4, in_channels=3), "colours.pt")
+    continuum.save(zoo.preresnet(14, width=4, in_channels=1), "silent.pt")
     few = ("--data", "Digits", "--images", "2", "--device", "cpu")
     for arguments, word in (
-        ((silent, *few), "without noise"),
-        ((noisy,), "--data"),
-        ((noisy, *few, "--steps", "3"), "even"),
-        ((noisy, *few, "--paths", "1"), "two or more paths"),
-        ((noisy, *few, "--paths", "0"), "paths"),
-        ((colours, *few, "--paths", "2"), "channels"),
+        (("silent.pt", *few), "without noise"),
+        (("noisy.pt",), "--data"),
+        (("noisy.pt", *few, "--steps", "3"), "even"),
+        (("noisy.pt", *few, "--paths", "1"), "two or more paths"),
+        (("noisy.pt", *few, "--paths", "0"), "paths"),
+        (("colours.pt", *few, "--paths", "2"), "channels"),
         (("nothing.pt",), "nothing.pt"),
     ):
-        with pytest.raises(SystemExit) as stop:
-            main(["weak", *arguments])
-        assert stop.value.code == 2
-        err = capsys.readouterr().err
-        assert word in err
-        assert "Traceback" not in err
+        assert word in refused("weak", *arguments)
     assert not Path("weak").exists()
+
+
+# What is refused
+def strong(field=FIELDS["dropout"], scheme=OWN, x=START, steps=(2,), paths=4):
+    return strong_errors(field, scheme, x, 1.0, steps, paths, 8, 0)
+
+
+def report(paths=2, steps=2, change=lambda network: network):
+    return weak_report(change(seeded(zoo.dropout_resnet)), pictures(), paths, steps, 0)
+
+
+HALF = StochasticDepth(TANH, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: linear_moment(HALF, StochasticTwoStep(), [1.0], 8, 2), TypeError, "StochasticTwoStep"),
+        (lambda: limit_moment(StochasticDepth(UNUSED, lambda t: 1 - t / 2), [1.0], 2), ValueError, "varies with depth"),
+        (lambda: order([8], [0.1]), ValueError, "two or more"),
+        (lambda: order([8, 16], [0.1, 0.0]), ValueError, "other than 0"),
+        (lambda: strong(steps=(2, 3)), ValueError, r"no multiple of \[3\]"),
+        (lambda: strong(x=START.expand(2, 1)), ValueError, "one state"),
+        (lambda: strong(paths=1), ValueError, "two or more paths"),
+        (lambda: strong(scheme=Milstein()), TypeError, "Milstein"),
+        (lambda: strong(field=TANH), TypeError, "no noise"),
+        (lambda: report(change=continuum.Network.drift), TypeError, "no noise"),
+        *((lambda given=given: report(*given), ValueError, "even number") for given in ((1, 2), (2, 3), (2, 0))),
+        (lambda: weak_report(headed(Flow(HALF, "euler_maruyama:h=0.5", 0.5)), pictures(), 2, 2, 0), ValueError, r"0\.5"),
+    ],
+)
+def test_what_moments_samples_and_reports_refuse(make, error, message):
+    with pytest.raises(error, match=message):
+        make()

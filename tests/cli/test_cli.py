@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import CONFIG, NETWORK, same_state
 
 import continuum
 from continuum.cli import main
+from continuum.cli.bench import bench_parser
 from continuum.cli.compare import compare_parser
 from continuum.cli.parser import COMMANDS, LIGHTNING, Parser
 from continuum.training import Classifier, ImageData
@@ -20,37 +22,16 @@ from continuum.training import Classifier, ImageData
 pytestmark = pytest.mark.usefixtures("command_line")
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 CONFIGS = [EXPERIMENTS / "digits" / "demo.yaml", *sorted((EXPERIMENTS / "cifar10").glob("*.yaml"))]
-
-NETWORK = """
-model:
-  network:
-    class_path: continuum.zoo.odenet
-    init_args:
-      width: 4
-      downsample: false
-      solver: bosh3:rtol=1e-2,atol=1e-2
-"""
-CONFIG = f"""seed_everything: 1
-data:
-  class_path: continuum.training.Digits
-  init_args:
-    train_size: 64
-    batch_size: 32
-{NETWORK}
-trainer:
-  accelerator: cpu
-  max_epochs: 2
-  logger:
-    class_path: pytorch_lightning.loggers.CSVLogger
-    init_args:
-      save_dir: runs
-      name: small
-      version: ""
-"""
+QUIET = ("--trainer.accelerator", "cpu", "--trainer.logger", "false", "--trainer.enable_model_summary", "false")
+SHORT = ("fit", "--config", "config.yaml", *QUIET, "--trainer.max_steps", "1")
 
 
 def run(*arguments: str) -> None:
     main(list(arguments))
+
+
+def table(path: str | Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(Path(path).read_text().splitlines()))
 
 
 NOISY = """model:
@@ -60,18 +41,6 @@ NOISY = """model:
       depth: 14
       width: 8
       in_channels: 1"""
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line on which the command gives up, with exit status 2."""
-    with pytest.raises(SystemExit) as stop:
-        run(*arguments)
-    assert stop.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    message = [line for line in lines if line.startswith("continuum:")]
-    assert len(message) == 1
-    assert "Traceback" not in "".join(lines)
-    return message[0]
 
 
 def test_fit_test_predict_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,8 +62,7 @@ def test_fit_test_predict_compare(tmp_path: Path, capsys: pytest.CaptureFixture[
     run("compare", checkpoint, *(part for s in solvers for part in ("--solver", s)), "--images", "50", "--device", "cpu")
     out = capsys.readouterr().out
     folder = Path("runs/small/checkpoints/compare")
-    with open(folder / "compare.csv") as file:
-        rows = list(csv.DictReader(file))
+    rows = table(folder / "compare.csv")
     assert [row["solver"] for row in rows] == [str(trained.solver), *(str(continuum.solvers.parse(s)) for s in solvers)]
     assert [float(row["evaluations"]) for row in rows[1:3]] == [2, 4]
     assert rows[0]["agreement"] == "1.0"
@@ -117,14 +85,13 @@ def test_fit_test_predict_compare(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert float(rows[0]["accuracy"]) == pytest.approx(float(torch.cat(correct).mean()))
 
 
-def test_a_stochastic_network_is_fitted_sampled_and_compared(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stochastic_network_is_fitted_sampled_and_compared(capsys: pytest.CaptureFixture[str], refused) -> None:
     Path("config.yaml").write_text(CONFIG.replace(NETWORK, NOISY))
     run("fit", "--config", "config.yaml")
     checkpoint = "runs/small/checkpoints/last.ckpt"
     quiet = ("--trainer.accelerator", "cpu", "--trainer.logger", "false")
     run("predict", "--ckpt_path", checkpoint, "--samples", "3", *quiet)
-    with open("runs/small/checkpoints/predictions.csv") as file:
-        rows = list(csv.DictReader(file))
+    rows = table("runs/small/checkpoints/predictions.csv")
     assert len(rows) == 359
     assert sum(float(rows[0][f"p({c})"]) for c in range(10)) == pytest.approx(1, abs=1e-4)
     assert any(float(rows[0][f"s({c})"]) > 0 for c in range(10))
@@ -134,8 +101,7 @@ def test_a_stochastic_network_is_fitted_sampled_and_compared(capsys: pytest.Capt
     arguments = [part for s in solvers for part in ("--solver", s)]
     run("compare", checkpoint, *arguments, "--images", "40", "--paths", "3", "--device", "cpu")
     assert "±" in capsys.readouterr().out
-    with open("runs/small/checkpoints/compare/compare.csv") as file:
-        rows = list(csv.DictReader(file))
+    rows = table("runs/small/checkpoints/compare/compare.csv")
     assert [row["paths"] for row in rows] == ["1", "3", "3", "3", "1"]
     assert rows[0]["solver"] == "euler:h=1"
     assert float(rows[1]["loss_deviation"]) > 0
@@ -147,7 +113,7 @@ def test_a_stochastic_network_is_fitted_sampled_and_compared(capsys: pytest.Capt
     images = torch.randn(2, 1, 8, 8)
     assert torch.equal(drift(images), trained(images))
     assert not drift.stochastic
-    message = refused(capsys, "compare", "drift.pt", "--solver", "euler_maruyama", "--data", "Digits")
+    message = refused("compare", "drift.pt", "--solver", "euler_maruyama", "--data", "Digits")
     assert "no noise" in message
 
 
@@ -170,33 +136,32 @@ def test_two_runs_are_equal_and_a_killed_one_resumes() -> None:
     process.kill()
     process.wait()
     run(*arguments("c"))
-    a, b, c = (continuum.load(f"runs/{name}/checkpoints/last.ckpt").state_dict() for name in "abc")
+    a, b, c = (continuum.load(f"runs/{name}/checkpoints/last.ckpt") for name in "abc")
     assert torch.load("runs/a/checkpoints/last.ckpt", weights_only=True)["epoch"] == 5
-    assert all(torch.equal(a[key], b[key]) for key in a)
-    assert all(torch.equal(a[key], c[key]) for key in a)
+    assert same_state(a, b)
+    assert same_state(a, c)
 
 
-def test_a_saved_network_is_compared_on_named_data(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_saved_network_is_compared_on_named_data(capsys: pytest.CaptureFixture[str], refused) -> None:
     continuum.save(continuum.zoo.preresnet(14, width=4, in_channels=1), "network.pt")
-    assert "--data" in refused(capsys, "compare", "network.pt")
-    data = ("--data", "Digits")
-    assert "Momentum" in refused(capsys, "compare", "network.pt", *data, "--solver", "linear_two_step")
-    assert "h=2" in refused(capsys, "compare", "network.pt", *data, "--solver", "euler:h=2", "--solver", "rk4")
-    assert "images" in refused(capsys, "compare", "network.pt", *data, "--images", "0")
-    assert "device" in refused(capsys, "compare", "network.pt", *data, "--device", "tpu")
+    assert "--data" in refused("compare", "network.pt")
+    wrong = {"Momentum": "--solver linear_two_step", "h=2": "--solver euler:h=2 --solver rk4", "images": "--images 0"}
+    for word, options in {**wrong, "device": "--device tpu"}.items():
+        assert word in refused("compare", "network.pt", "--data", "Digits", *options.split())
     run("compare", "network.pt", "--data", "Digits", "--images", "20", "--solver", "rk4:h=1", "--out", "out", "--device", "cpu")
     assert "pictures: out/compare.png\n" in capsys.readouterr().out
     assert not Path("out/steps.png").exists()
 
 
-def test_an_unknown_key_is_named_with_its_line(capsys: pytest.CaptureFixture[str]) -> None:
-    for key in ("widht", "trainr", "learning_rat"):
-        text = CONFIG.replace("width", "widht") if key == "widht" else CONFIG
-        text = f"trainr: 1\n{text}" if key == "trainr" else text
-        text = text.replace("model:\n", "model:\n  learning_rat: 1\n") if key == "learning_rat" else text
+def test_an_unknown_key_is_named_with_its_line(refused) -> None:
+    for key, text in {
+        "widht": CONFIG.replace("width", "widht"),
+        "trainr": f"trainr: 1\n{CONFIG}",
+        "learning_rat": CONFIG.replace("model:\n", "model:\n  learning_rat: 1\n"),
+    }.items():
         number = next(n for n, content in enumerate(text.splitlines(), 1) if key in content)
         Path("config.yaml").write_text(text)
-        message = refused(capsys, "fit", "--config", "config.yaml")
+        message = refused("fit", "--config", "config.yaml")
         assert key in message
         assert f"config.yaml:{number}" in message
 
@@ -210,19 +175,19 @@ def test_an_unknown_key_is_named_with_its_line(capsys: pytest.CaptureFixture[str
         (("continuum.zoo.odenet", "continuum.zoo.odnet"), ["odnet"]),
     ],
 )
-def test_bad_values_in_a_config(capsys: pytest.CaptureFixture[str], change: tuple[str, str], expected: list[str]) -> None:
+def test_bad_values_in_a_config(refused, change: tuple[str, str], expected: list[str]) -> None:
     Path("config.yaml").write_text(CONFIG.replace(*change))
-    message = refused(capsys, "fit", "--config", "config.yaml")
+    message = refused("fit", "--config", "config.yaml")
     assert all(word in message for word in expected)
 
 
-def test_missing_files_and_data(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert str(tmp_path / "nothing.ckpt") in refused(capsys, "compare", "nothing.ckpt")
+def test_missing_files_and_data(refused, tmp_path: Path) -> None:
+    assert str(tmp_path / "nothing.ckpt") in refused("compare", "nothing.ckpt")
     Path("junk.ckpt").write_bytes(b"junk")
-    assert "not a checkpoint" in refused(capsys, "compare", "junk.ckpt")
-    assert "rk5" in refused(capsys, "compare", "junk.ckpt", "--solver", "rk5")
+    assert "not a checkpoint" in refused("compare", "junk.ckpt")
+    assert "rk5" in refused("compare", "junk.ckpt", "--solver", "rk5")
     Path("config.yaml").write_text(CONFIG.replace("Digits", "ImageFolder").replace("train_size: 64", "root: nowhere"))
-    message = refused(capsys, "fit", "--config", "config.yaml")
+    message = refused("fit", "--config", "config.yaml")
     assert str(tmp_path / "nowhere" / "train") in message
     assert "<class>" in message
 
@@ -242,7 +207,7 @@ def test_every_option_is_documented(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(command in top for command in (*LIGHTNING, *COMMANDS, "lm_resnet"))
     parser = Parser()
     parser.add_class_arguments(Classifier, "model")
-    for actions in (parser._actions, compare_parser()._actions):
+    for actions in (parser._actions, compare_parser()._actions, bench_parser()._actions):
         for action in actions:
             if action.dest not in ("help", "model"):
                 assert action.help, f"{action.dest} has no help"
@@ -272,14 +237,7 @@ assert not [name for name in {heavy} if name in sys.modules], [name for name in 
         assert all(name in found.stderr for name in (*LIGHTNING, *COMMANDS))
 
 
-QUIET = ("--trainer.accelerator", "cpu", "--trainer.logger", "false", "--trainer.enable_model_summary", "false")
-SHORT = ("fit", "--config", "config.yaml", *QUIET, "--trainer.max_steps", "1")
-
-
-@pytest.mark.parametrize(
-    ("flag", "written"),
-    [("enable_progress_bar", True), ("enable_checkpointing", False)],
-)
+@pytest.mark.parametrize(("flag", "written"), [("enable_progress_bar", True), ("enable_checkpointing", False)])
 def test_the_bar_and_the_checkpoints_can_be_turned_off(flag: str, written: bool) -> None:
     Path("config.yaml").write_text(CONFIG)
     run(*SHORT, f"--trainer.{flag}", "false")
@@ -301,17 +259,17 @@ def test_a_callback_that_is_given_takes_the_place_of_ours() -> None:
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
-def test_a_checkpoint_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str) -> None:
-    assert f"no checkpoint at {tmp_path / 'nowhere.ckpt'}" in refused(capsys, command, "--ckpt_path", "nowhere.ckpt")
-    assert f"no checkpoint at {tmp_path}" in refused(capsys, command, f"--ckpt_path={tmp_path}")
+def test_a_checkpoint_that_is_not_there_is_named(refused, tmp_path: Path, command: str) -> None:
+    assert f"no checkpoint at {tmp_path / 'nowhere.ckpt'}" in refused(command, "--ckpt_path", "nowhere.ckpt")
+    assert f"no checkpoint at {tmp_path}" in refused(command, f"--ckpt_path={tmp_path}")
     if command != "fit":
-        assert "--ckpt_path FILE" in refused(capsys, command)
-        assert "--ckpt_path FILE" in refused(capsys, command, "--ckpt_path", "best")
+        assert "--ckpt_path FILE" in refused(command)
+        assert "--ckpt_path FILE" in refused(command, "--ckpt_path", "best")
         continuum.save(continuum.zoo.preresnet(14, width=4), "network.pt")
-        assert "no checkpoint of `continuum fit`" in refused(capsys, command, "--ckpt_path", "network.pt")
+        assert "no checkpoint of `continuum fit`" in refused(command, "--ckpt_path", "network.pt")
     else:
         Path("some.ckpt").write_bytes(b"")
-        assert "--config" in refused(capsys, command, "--ckpt_path", "some.ckpt")
+        assert "--config" in refused(command, "--ckpt_path", "some.ckpt")
 
 
 @pytest.mark.parametrize(
@@ -328,14 +286,14 @@ def test_a_checkpoint_that_is_not_there_is_named(capsys: pytest.CaptureFixture[s
         (["--trainer.overfit_batches", "1"], ["train_size"]),
     ],
 )
-def test_what_does_not_fit_is_one_line(capsys: pytest.CaptureFixture[str], options: list[str], words: list[str]) -> None:
+def test_what_does_not_fit_is_one_line(refused, options: list[str], words: list[str]) -> None:
     Path("config.yaml").write_text(CONFIG.replace("solver: bosh3:rtol=1e-2,atol=1e-2", "num_classes: 10"))
-    message = refused(capsys, *SHORT, *options)
+    message = refused(*SHORT, *options)
     assert all(word in message for word in words)
     assert not Path("checkpoints").exists()
 
 
-def test_the_help_of_a_network_lists_its_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_of_a_network_lists_its_arguments(capsys: pytest.CaptureFixture[str], refused) -> None:
     for arguments in (["--model.network.help", "continuum.zoo.odenet"], ["--model.network.help=odenet"]):
         with pytest.raises(SystemExit) as stop:
             run("fit", *arguments)
@@ -343,8 +301,8 @@ def test_the_help_of_a_network_lists_its_arguments(capsys: pytest.CaptureFixture
         out = capsys.readouterr().out
         assert "The ODE-Net for images" in out
         assert all(f"--model.network.init_args.{name}" in out for name in ("stages", "width", "downsample", "solver"))
-    assert "resnet, " in refused(capsys, "fit", "--model.network.help", "continuum.odnet")
-    assert "resnet, " in refused(capsys, "fit", "--model.network.help")
+    assert "resnet, " in refused("fit", "--model.network.help", "continuum.odnet")
+    assert "resnet, " in refused("fit", "--model.network.help")
 
 
 def test_the_solver_of_training_has_one_row(capsys: pytest.CaptureFixture[str]) -> None:
@@ -367,13 +325,13 @@ def test_a_network_keeps_its_precision_on_every_way(capsys: pytest.CaptureFixtur
     assert len(json.loads(Path("out/compare.json").read_text())["rows"]) == 2
 
 
-def test_a_network_without_a_flow_is_tested_and_not_compared(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_network_without_a_flow_is_tested_and_not_compared(refused) -> None:
     continuum.save(continuum.zoo.fractalnet(2, widths=(4, 4), dropout=(0, 0), in_channels=1), "network.pt")
-    assert "no solver" in refused(capsys, "compare", "network.pt", "--data", "Digits")
+    assert "no solver" in refused("compare", "network.pt", "--data", "Digits")
     Path("config.yaml").write_text(
         CONFIG.replace("continuum.zoo.odenet", "continuum.zoo.fractalnet").partition("      width")[0]
         + "      columns: 2\n      widths: [4, 4]\n      dropout: [0, 0]\n      in_channels: 1\n"
     )
     run(*SHORT)
     run("test", "--ckpt_path", "checkpoints/last.ckpt", *QUIET)
-    assert "noise" in refused(capsys, "predict", "--ckpt_path", "checkpoints/last.ckpt", *QUIET, "--samples", "2")
+    assert "noise" in refused("predict", "--ckpt_path", "checkpoints/last.ckpt", *QUIET, "--samples", "2")

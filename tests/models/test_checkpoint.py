@@ -4,6 +4,7 @@ import contextlib
 import random
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from problems import FLOAT64
 from torch import nn
 
 from continuum import MLP, RK4, Adaptive, CheckpointError, Euler, FixedStep, Flow, Network, load, save
+from continuum.convert import from_checkpoint, to_checkpoint
 from continuum.models import Augment, builder
 from continuum.schemes import AdamsBashforth
-from continuum.zoo import lm_resnet, mlp, odenet, preresnet
+from continuum.zoo import lm_resnet, mlp, odenet, preresnet, resnet
 
 NETWORKS = {
     "preresnet": (lambda: preresnet(14, width=4, num_classes=3), (2, 3, 8, 8)),
@@ -26,6 +28,10 @@ NETWORKS = {
     "mlp": (lambda: mlp(hidden=8, augment=1, solver=FixedStep(AdamsBashforth(3), h=1 / 7)), (5, 2)),
     "another solver": (lambda: preresnet(14, width=4).with_solver("dopri5:rtol=1e-2,atol=1e-2"), (2, 3, 8, 8)),
 }
+EITHER = pytest.mark.parametrize("read", [load, from_checkpoint])
+"""A file of ours, or one of published weights."""
+BYTES = [b"", b"hello", b"\x80\x02}q\x00.", b"PK\x03\x04", random.Random(0).randbytes(500)]
+CONTENTS = [{}, [1], torch.zeros(2), {"state_dict": {}}, {"continuum": 3}, {"continuum": {}}]
 
 
 @pytest.fixture
@@ -104,24 +110,23 @@ def test_a_folder_is_made_and_nothing_else_left_behind(tmp_path):
 
 @pytest.mark.parametrize("error", [DiskFullError, KeyboardInterrupt])
 @pytest.mark.parametrize("existed", [True, False])
-def test_a_failure_while_writing_leaves_the_old_file(path, monkeypatch, existed, error):
+@pytest.mark.parametrize(("write", "network"), [(save, mlp()), (to_checkpoint, resnet(14, width=4))])
+def test_a_failure_while_writing_leaves_the_old_file(path, monkeypatch, existed, error, write, network):
     if existed:
-        save(mlp(hidden=4), path)
-    before = path.read_bytes() if existed else None
-
+        path.write_bytes(b"before")
     monkeypatch.setattr(torch, "save", failing(error))
     with pytest.raises(error):
-        save(mlp(hidden=8), path)
+        write(network, path)
     assert [p.name for p in path.parent.iterdir()] == (["network.pt"] if existed else [])
-    assert not existed or path.read_bytes() == before
+    assert not existed or path.read_bytes() == b"before"
 
 
 # What cannot be read
 
 
-def refusal(path, **options):
+def refusal(path, read=load, **options):
     with pytest.raises(CheckpointError) as caught:
-        load(path, **options)
+        read(path, **options)
     text = str(caught.value)
     assert str(path) in text
     assert "\n" not in text
@@ -129,43 +134,44 @@ def refusal(path, **options):
     return text
 
 
-def test_a_missing_file(tmp_path):
+@EITHER
+def test_a_missing_file(tmp_path, read):
     for missing in (tmp_path / "nothing.pt", tmp_path):
         with pytest.raises(FileNotFoundError, match="no checkpoint at") as caught:
-            load(missing)
+            read(missing)
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"hello", b"\x80\x02}q\x00.", b"PK\x03\x04", random.Random(0).randbytes(500)], ids=range(5)
-)
-def test_files_of_something_else(path, content):
+@EITHER
+@pytest.mark.parametrize("content", BYTES, ids=range(5))
+def test_files_of_something_else(path, content, read):
     path.write_bytes(content)
-    refusal(path)
+    refusal(path, read)
 
 
-@pytest.mark.parametrize(
-    "content", [{}, [1], torch.zeros(2), {"state_dict": {}}, {"continuum": 3}, {"continuum": {}}], ids=range(6)
-)
+@pytest.mark.parametrize("content", CONTENTS, ids=range(6))
 def test_torch_files_that_are_not_ours(path, content):
     torch.save(content, path)
     refusal(path)
 
 
-def test_an_archive_that_torch_did_not_write(path):
-    import zipfile
-
+@EITHER
+def test_an_archive_that_torch_did_not_write(path, read):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("readme.txt", "hello")
-    refusal(path)
+    refusal(path, read)
 
 
-def test_a_file_cut_anywhere(path):
-    save(mlp(hidden=8), path)
+@pytest.mark.parametrize("kind", ["ours", "published", "published, legacy"])
+def test_a_file_cut_anywhere(path, kind):
+    if kind == "ours":
+        save(mlp(hidden=8), path)
+    else:
+        torch.save(resnet(14, width=4).state_dict(), path, _use_new_zipfile_serialization="legacy" not in kind)
     whole = path.read_bytes()
     for end in sorted({*range(0, len(whole), len(whole) // 60), *range(len(whole) - 30, len(whole))}):
         path.write_bytes(whole[:end])
-        refusal(path)
+        refusal(path, load if kind == "ours" else from_checkpoint)
 
 
 @pytest.mark.parametrize("position", [k / 10 for k in range(10)])
@@ -238,17 +244,12 @@ def test_weights_of_another_network(path):
     changed(path, arguments={"hidden": 16})
     assert "weights" in refusal(path)
     content = torch.load(path)
-    del content["state_dict"]
-    torch.save(content, path)
-    refusal(path)
-    content["state_dict"] = [1, 2]
-    torch.save(content, path)
-    refusal(path)
+    for wrong in ({"continuum": content["continuum"]}, {**content, "state_dict": [1, 2]}):
+        torch.save(wrong, path)
+        refusal(path)
 
 
 # Networks of one's own
-
-
 @builder
 def own(hidden: int = 4, scales: tuple[float, ...] = (1.0, 2.0), field: object = None) -> Network:
     field = field or MLP(3, hidden).to(FLOAT64)
@@ -267,20 +268,19 @@ def test_a_network_of_ones_own_needs_its_builder(path):
 
 
 def test_networks_that_a_file_cannot_describe(path):
-    for other in (Flow(MLP(3, 4), "euler", depth=1), nn.Linear(2, 2), mlp().state_dict(), None):
-        with pytest.raises(TypeError, match=f"holds a Network, .* not a {type(other).__name__}"):
-            save(other, path)
-    with pytest.raises(ValueError, match="builder"):
-        save(Network(Augment(1), [Flow(MLP(3, 4), "euler", depth=1)], nn.Linear(3, 2)), path)
-    with pytest.raises(TypeError, match="argument field is a MLP"):
-        save(own(field=MLP(3, 4)), path)
-
     class Mine(Euler):
         pass
 
-    network = mlp(solver=FixedStep(Mine()))
-    with pytest.raises(TypeError, match="no textual form"):
-        save(network, path)
+    flow = Flow(MLP(3, 4), "euler", depth=1)
+    kinds = [(x, TypeError, f"holds a Network, .* not a {type(x).__name__}") for x in (flow, nn.Linear(2, 2), {}, None)]
+    for network, error, message in [
+        *kinds,
+        (Network(Augment(1), [flow], nn.Linear(3, 2)), ValueError, "builder"),
+        (own(field=MLP(3, 4)), TypeError, "argument field is a MLP"),
+        (mlp(solver=FixedStep(Mine())), TypeError, "no textual form"),
+    ]:
+        with pytest.raises(error, match=message):
+            save(network, path)
     assert not list(path.parent.iterdir())
 
 

@@ -5,23 +5,12 @@ import math
 import pytest
 import torch
 import torchdiffeq
-from problems import FLOAT64, LINEAR, LOGISTIC, MATRIX, OSCILLATOR, PROBLEMS, SEASONAL, Function, Watched, tanh_layers
+from problems import FLOAT64, LINEAR, LOGISTIC, MATRIX, OSCILLATOR, PROBLEMS, SEASONAL, Watched, states, tanh_layers
 
 from continuum import RK4, Autonomous, Coupled, Euler, FixedStep, Flow, Midpoint, Momentum, PiecewiseConstant, SecondOrder
-from continuum.fields import Field, Scaled, TwoColumns
-from continuum.schemes import (
-    AdamsBashforth,
-    Coupling,
-    Fractal,
-    Heun,
-    Kutta3,
-    Leapfrog,
-    LinearTwoStep,
-    NeumannSeries,
-    Tableau,
-    TwoStepMidpoint,
-    Verlet,
-)
+from continuum.fields import Function, Scaled, TwoColumns
+from continuum.schemes import Coupling, Fractal, Heun, Kutta3, Leapfrog, NeumannSeries, Tableau, Verlet
+from continuum.schemes.multistep import AdamsBashforth, LinearTwoStep, TwoStepMidpoint
 from continuum.solvers import Embedded
 from continuum.solvers.pairs import PAIRS
 
@@ -29,6 +18,12 @@ LOW = [Euler(), Midpoint(), Heun(), Kutta3(), RK4(), *map(AdamsBashforth, (2, 3,
 LOW += [TwoStepMidpoint(), *map(NeumannSeries, (1, 2, 3))]
 LOW += [Embedded(pair) for pair in PAIRS if Embedded(pair).order < 5]
 HIGH = {"dopri5": (32, 64), "dopri8": (2, 4)}
+PENDULUM = Coupled(Function(lambda t, v: v), Function(lambda t, q: -torch.sin(q) + 0.3 * math.cos(t)))
+MULTISTEP = [AdamsBashforth(2), AdamsBashforth(4), LinearTwoStep()]
+CONSTANT = PiecewiseConstant(Function(lambda t, x, v=v: torch.full_like(x, v)) for v in (1.0, 2.0, 3.0))
+SOLVERS = [f"{name}:h={h}" for name in ("heun", "kutta3", "rk4") for h in ("1", "0.5", repr(1 / 3))]
+BACK = pytest.mark.parametrize("back", [False, True], ids=["forth", "back"])
+PRECISE = pytest.mark.parametrize("dtype", [torch.float32, FLOAT64], ids=str)
 
 
 @torch.no_grad()
@@ -73,9 +68,6 @@ def test_linear_two_step_with_k_one_is_the_second_order_midpoint_rule():
     assert measured_order(OSCILLATOR, field, LinearTwoStep(), (64, 128), speed=0.5) == pytest.approx(2, abs=0.15)
 
 
-PENDULUM = Coupled(Function(lambda t, v: v), Function(lambda t, q: -torch.sin(q) + 0.3 * math.cos(t)))
-
-
 @pytest.mark.parametrize("scheme", [Coupling(), Leapfrog(), Verlet()], ids=repr)
 def test_order_of_schemes_that_move_one_half_after_the_other(scheme):
     """On a driven pendulum, so that the depths of the stages count, against a fine solution."""
@@ -94,8 +86,6 @@ def test_verlet_takes_the_same_way_back():
 
 
 # What the schemes have in common
-
-
 @pytest.mark.parametrize("terms", [1, 2, 3, 4])
 def test_neumann_series_converges_to_backward_euler(terms):
     """For h f(x) = A x: the partial sums of A^j x, with a local error of O(h^(terms + 1)) against (I - A)^-1 x."""
@@ -124,7 +114,7 @@ def test_a_fractal_block_with_their_coefficients_is_heuns_method_and_the_midpoin
 def test_a_fractal_block_is_the_block_of_the_paper():
     """x+ = k1 x + k2 (k3 x + f1(x)) + f2(k3 x + f1(x)) with k1 = 1 - k, k2 = k, k3 = 1."""
     f1, f2 = tanh_layers(2).layers
-    x = torch.linspace(-1, 1, 8, dtype=FLOAT64).reshape(2, 4)
+    x = states(2, 4)
     inner = x + f1(0.0, x)
     expected = 0.7 * x + 0.3 * inner + f2(0.0, inner)
     torch.testing.assert_close(Fractal().step(TwoColumns(f1, f2, k=0.3), 0.0, x, 1.0, ())[0], expected)
@@ -164,19 +154,6 @@ def test_midpoint_leapfrog_and_momentum_are_linear_two_steps():
     torch.testing.assert_close(two_step(Flow(lm, "linear_two_step", 5), x, before), y)
 
 
-@pytest.mark.parametrize("terms", [0, -1])
-def test_a_series_has_terms(terms):
-    with pytest.raises(ValueError, match="one term or more"):
-        NeumannSeries(terms)
-
-
-def test_fractal_steps_need_two_columns():
-    with pytest.raises(TypeError, match=r"TwoColumns\(f1, f2\), not a Autonomous"):
-        Flow(tanh_layers(2), "fractal", 2)
-    with pytest.raises(TypeError, match="smooth in depth"):
-        TwoColumns(LINEAR.field, tanh_layers(2))
-
-
 def test_every_adaptive_pair_was_measured():
     assert {scheme.method for scheme in LOW if isinstance(scheme, Embedded)} | set(HIGH) == set(PAIRS)
 
@@ -184,19 +161,12 @@ def test_every_adaptive_pair_was_measured():
 HEUN = {"c": (0, 1), "a": ((), (1,)), "b": (1 / 2, 1 / 2), "order": 2}
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"a": ((), (0.9,))}, "row 1 .* sums to 0.9"),
-        ({"c": (0.1, 1)}, "row 0"),
-        ({"order": 3}, "not of order 3"),
-        ({"b": (0.4, 0.5)}, "condition of order 1"),
-        ({"b": (0.4, 0.6)}, "condition of order 2"),
-        ({"c": (0, 1, 1)}, "2 stages"),
-        ({"a": ((),)}, "2 stages"),
-        ({"a": ((), (0.5, 0.5))}, "row i with i entries"),
-    ],
-)
+WRONG = [({"a": ((), (0.9,))}, "row 1 .* sums to 0.9"), ({"c": (0.1, 1)}, "row 0"), ({"order": 3}, "not of order 3")]
+WRONG += [({"b": (0.4, 0.5)}, "condition of order 1"), ({"b": (0.4, 0.6)}, "condition of order 2")]
+WRONG += [({"c": (0, 1, 1)}, "2 stages"), ({"a": ((),)}, "2 stages"), ({"a": ((), (0.5, 0.5))}, "row i with i entries")]
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG)
 def test_tableau_refuses_wrong_coefficients(change, message):
     Tableau(**HEUN)
     with pytest.raises(ValueError, match=message):
@@ -255,7 +225,7 @@ def test_adams_bashforth_counts_its_evaluations(order, m, back):
 @pytest.mark.parametrize("order", [2, 3, 4])
 def test_adams_bashforth_starts_anew_at_knots(order):
     layers = tanh_layers(3)
-    x = torch.linspace(-1, 1, 8, dtype=FLOAT64).reshape(2, 4)
+    x = states(2, 4)
     solver = FixedStep(AdamsBashforth(order), h=1 / 8)
     expected = x
     for layer in layers.layers:
@@ -263,25 +233,13 @@ def test_adams_bashforth_starts_anew_at_knots(order):
     assert torch.equal(Flow(layers, solver, depth=3)(x), expected)
 
 
-@pytest.mark.parametrize("order", [0, 1, 5, 2.5])
-def test_adams_bashforth_refuses_other_orders(order):
-    with pytest.raises(ValueError, match="2, 3 or 4"):
-        AdamsBashforth(order)
+def test_multistep_schemes_take_even_grids():
+    assert [FixedStep(scheme, grid=(0.0, 0.5, 1.0)).scheme for scheme in MULTISTEP] == MULTISTEP
 
 
-@pytest.mark.parametrize("scheme", [AdamsBashforth(2), AdamsBashforth(4), LinearTwoStep()], ids=repr)
-def test_multistep_schemes_refuse_uneven_grids(scheme):
-    FixedStep(scheme, grid=(0.0, 0.5, 1.0))
-    with pytest.raises(ValueError, match="equal steps"):
-        FixedStep(scheme, grid=(0.0, 0.25, 1.0))
-
-
-def test_linear_two_step_needs_momentum():
-    x = torch.ones(1, 4, dtype=FLOAT64)
-    with pytest.raises(TypeError, match="Momentum"):
-        Flow(tanh_layers(2), "linear_two_step", depth=2)
-    mixed = PiecewiseConstant([tanh_layers(1).layers[0], Momentum(tanh_layers(1).layers[0]).double()])
-    assert Flow(mixed, "linear_two_step", depth=2)(x).shape == x.shape
+def test_linear_two_step_needs_momentum_behind_the_first_layer():
+    first, second = tanh_layers(2).layers
+    assert Flow(PiecewiseConstant([first, Momentum(second).double()]), "linear_two_step", depth=2)(states(1, 4)).shape == (1, 4)
 
 
 @pytest.mark.parametrize("h", [1, 0.5, 0.25])
@@ -294,119 +252,100 @@ def test_linear_two_step_takes_the_state_one_layer_before(h):
     torch.testing.assert_close(end, x + 3 * slope, rtol=1e-7, atol=0)
 
 
-class Constant(Field):
-    def __init__(self, value):
-        super().__init__()
-        self.value = value
-
-    def forward(self, t, x):
-        return torch.full_like(x, self.value)
-
-
-LAYER_SETS = {
-    "constant": lambda: PiecewiseConstant([Constant(v) for v in (1.0, 2.0, 3.0)]),
-    "tanh": lambda: tanh_layers(3),
-}
-SOLVERS = [f"{name}:h={h}" for name in ("heun", "kutta3", "rk4") for h in ("1", "0.5", repr(1 / 3))]
-
-
 @pytest.mark.parametrize("back", [False, True], ids=["forth", "back"])
 @pytest.mark.parametrize("solver", [*SOLVERS, "dopri5:rtol=1e-10,atol=1e-10"])
-@pytest.mark.parametrize("layers", LAYER_SETS)
-def test_a_stage_on_a_knot_reads_the_layer_of_its_step(layers, solver, back):
-    field = LAYER_SETS[layers]()
-    x = torch.linspace(-1, 1, 8, dtype=FLOAT64).reshape(2, 4)
+@pytest.mark.parametrize("field", [CONSTANT, tanh_layers(3)], ids=["constant", "tanh"])
+def test_a_stage_on_a_knot_reads_the_layer_of_its_step(field, solver, back):
+    x = states(2, 4)
     expected = x
     for layer in reversed(field.layers) if back else field.layers:
         expected = Flow(layer, solver, depth=1).trajectory(expected, [1, 0] if back else [0, 1])[-1]
-    states = Flow(field, solver, depth=3).trajectory(x, [3, 0] if back else [0, 3])
+    end = Flow(field, solver, depth=3).trajectory(x, [3, 0] if back else [0, 3])[-1]
     tolerance = 1e-8 if solver.startswith("dopri5") else 1e-12
-    torch.testing.assert_close(states[-1], expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(end, expected, rtol=tolerance, atol=tolerance)
 
 
-class Listed(Field):
-    """Writes its number down whenever it is evaluated."""
+def listed(depth):
+    """Layers that write their number down whenever they are evaluated, and the list."""
+    calls = []
 
-    def __init__(self, number, calls):
-        super().__init__()
-        self.number, self.calls = number, calls
+    def layer(number):
+        return Function(lambda t, x: calls.append(number) or x)
 
-    def forward(self, t, x):
-        self.calls.append(self.number)
-        return x
+    return PiecewiseConstant(layer(k) for k in range(depth)), calls
 
 
-@pytest.mark.parametrize("back", [False, True], ids=["forth", "back"])
-@pytest.mark.parametrize("dtype", [torch.float32, FLOAT64], ids=str)
+def steps_of(depth, solver, dtype, back):
+    """Which layers a flow evaluates, and its cost."""
+    field, calls = listed(depth)
+    flow = Flow(field, solver, depth)
+    flow.trajectory(torch.zeros(1, 1, dtype=dtype), [depth, 0] if back else [0, depth])
+    return calls, flow.cost
+
+
+@BACK
+@PRECISE
 def test_every_layer_is_stepped_once_and_in_order_for_every_depth(dtype, back):
-    x = torch.zeros(1, 1, dtype=dtype)
     for depth in range(1, 257):
-        calls = []
-        flow = Flow(PiecewiseConstant([Listed(k, calls) for k in range(depth)]), "euler", depth)
-        flow.trajectory(x, [depth, 0] if back else [0, depth])
+        calls, cost = steps_of(depth, "euler", dtype, back)
         assert calls == sorted(range(depth), reverse=back)
-        assert flow.cost.accepted == flow.cost.evaluations == depth
+        assert cost.accepted == cost.evaluations == depth
 
 
 @pytest.mark.parametrize("m", [2, 3, 7, 10, 49, 61, 98])
-@pytest.mark.parametrize("back", [False, True], ids=["forth", "back"])
-@pytest.mark.parametrize("dtype", [torch.float32, FLOAT64], ids=str)
+@BACK
+@PRECISE
 def test_a_step_of_one_mth_stays_m_times_in_every_layer(dtype, back, m):
-    x = torch.zeros(1, 1, dtype=dtype)
     for depth in (1, 2, 3, 12, 61, 64):
-        calls = []
-        flow = Flow(PiecewiseConstant([Listed(k, calls) for k in range(depth)]), FixedStep(Euler(), h=1 / m), depth)
-        flow.trajectory(x, [depth, 0] if back else [0, depth])
+        calls, cost = steps_of(depth, FixedStep(Euler(), h=1 / m), dtype, back)
         assert calls == sorted([k for k in range(depth) for _ in range(m)], reverse=back)
-        assert flow.cost.grid[-1] == (0 if back else depth)
-        assert set(map(float, range(depth + 1))) <= set(flow.cost.grid) | {0.0, float(depth)}
+        assert cost.grid[-1] == (0 if back else depth)
+        assert set(map(float, range(depth + 1))) <= set(cost.grid) | {0.0, float(depth)}
 
 
-@pytest.mark.parametrize("back", [False, True], ids=["forth", "back"])
-@pytest.mark.parametrize("dtype", [torch.float32, FLOAT64], ids=str)
+@BACK
+@PRECISE
 def test_stages_at_the_ends_of_rounded_steps_stay_in_their_layer(dtype, back):
     """k/m + 1/m is not always the number (k + 1)/m, nor always on the knot that it stands for."""
-    x = torch.zeros(1, 1, dtype=dtype)
-    depth = 12
     for m in range(1, 100):
-        calls = []
-        flow = Flow(PiecewiseConstant([Listed(k, calls) for k in range(depth)]), FixedStep(Heun(), h=1 / m), depth)
-        flow.trajectory(x, [depth, 0] if back else [0, depth])
-        assert calls == sorted([k for k in range(depth) for _ in range(2 * m)], reverse=back)
+        calls, _ = steps_of(12, FixedStep(Heun(), h=1 / m), dtype, back)
+        assert calls == sorted([k for k in range(12) for _ in range(2 * m)], reverse=back)
 
 
 @pytest.mark.parametrize("h", [2, 3, 4])
 def test_a_step_of_several_layers_reads_the_first_of_them(h):
-    calls = []
-    flow = Flow(PiecewiseConstant([Listed(k, calls) for k in range(12)]), FixedStep(Euler(), h=h), 12)
-    flow(torch.zeros(1, 1))
-    assert calls == list(range(0, 12, h))
+    assert steps_of(12, FixedStep(Euler(), h=h), torch.float32, False)[0] == list(range(0, 12, h))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, FLOAT64], ids=str)
-def test_layers_through_torchdiffeq_on_the_integer_grid(dtype):
-    """torchdiffeq calls the field on the knot itself: forwards that is the layer of its step."""
-    x = torch.zeros(1, 1, dtype=dtype)
+@BACK
+@PRECISE
+def test_layers_through_torchdiffeq_on_the_integer_grid(dtype, back):
+    """torchdiffeq calls the field on the knot itself: forwards that is the layer of its step. Backwards it has to be told to
+    look just inside its steps, by `perturb`."""
     for depth in range(1, 257):
-        calls = []
-        field = PiecewiseConstant([Listed(k, calls) for k in range(depth)])
-        torchdiffeq.odeint(field, x, torch.arange(depth + 1, dtype=dtype), method="euler")
-        assert calls == list(range(depth))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, FLOAT64], ids=str)
-def test_layers_through_torchdiffeq_backwards(dtype):
-    """Backwards, torchdiffeq has to be told to look just inside its steps, by `perturb`."""
-    x = torch.zeros(1, 1, dtype=dtype)
-    for depth in range(1, 257):
-        calls = []
-        field = PiecewiseConstant([Listed(k, calls) for k in range(depth)])
-        times = torch.arange(depth, -1, -1, dtype=dtype)
-        torchdiffeq.odeint(field, x, times, method="euler", options={"perturb": True})
-        assert calls == list(range(depth))[::-1]
+        field, calls = listed(depth)
+        times = torch.arange(depth, -1, -1, dtype=dtype) if back else torch.arange(depth + 1, dtype=dtype)
+        torchdiffeq.odeint(field, torch.zeros(1, 1, dtype=dtype), times, method="euler", options={"perturb": back})
+        assert calls == sorted(range(depth), reverse=back)
 
 
 def test_an_autonomous_field_is_the_same_at_every_depth():
-    field = Autonomous(torch.nn.Tanh())
-    x = torch.linspace(-1, 1, 4)
+    field, x = Autonomous(torch.nn.Tanh()), states(2, 4)
     assert torch.equal(field(0.0, x), field(7.5, x))
+    assert field.knots == ()
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        *((lambda terms=terms: NeumannSeries(terms), ValueError, "one term or more") for terms in (0, -1)),
+        *((lambda order=order: AdamsBashforth(order), ValueError, "2, 3 or 4") for order in (0, 1, 5, 2.5)),
+        (lambda: Flow(tanh_layers(2), "fractal", 2), TypeError, r"TwoColumns\(f1, f2\), not a Autonomous"),
+        (lambda: TwoColumns(LINEAR.field, tanh_layers(2)), TypeError, "smooth in depth"),
+        *((lambda scheme=scheme: FixedStep(scheme, grid=(0.0, 0.25, 1.0)), ValueError, "equal steps") for scheme in MULTISTEP),
+        (lambda: Flow(tanh_layers(2), "linear_two_step", depth=2), TypeError, "Momentum"),
+    ],
+)
+def test_schemes_that_cannot_be(make, error, message):
+    with pytest.raises(error, match=message):
+        make()

@@ -271,8 +271,8 @@ def failed(rank: int) -> dict[str, Any]:
 
 def classified(rank: int) -> dict[str, Any]:
     """What `Classifier` raises on each rank where only one has a reason to, and whether its state has moved."""
-    import pytorch_lightning as pl
     from pytorch_lightning.strategies import DDPStrategy
+    from runs import quiet_trainer
     from torch.utils.data import DataLoader, TensorDataset
 
     from continuum.training import Classifier
@@ -296,17 +296,8 @@ def classified(rank: int) -> dict[str, Any]:
         model = Classifier(odenet(3, width=4, num_classes=4, solver=solver))
         before = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
         data = TensorDataset(images, own_labels) if rank == 1 else TensorDataset(good, labels)
-        trainer = pl.Trainer(
-            max_steps=1,
-            accelerator="cpu",
-            devices=WORLD,
-            strategy=DDPStrategy(process_group_backend="gloo"),
-            use_distributed_sampler=False,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+        strategy = DDPStrategy(process_group_backend="gloo")
+        trainer = quiet_trainer(max_steps=1, devices=WORLD, strategy=strategy, use_distributed_sampler=False)
         message = None
         try:
             trainer.fit(model, DataLoader(data, batch_size=4))

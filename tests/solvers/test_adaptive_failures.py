@@ -4,25 +4,13 @@ import re
 
 import pytest
 import torch
-from problems import FLOAT64, Function, Watched, tanh_layers
+from problems import FLOAT64, Watched, cosine, small_mlp, states, tanh_layers
 
-from continuum import MLP, Adaptive, Flow, SolveError
+from continuum import Adaptive, Flow, SolveError
+from continuum.fields import Function
 from continuum.solvers import parse
 
 FAST = ["dopri5", "bosh3", "dopri8"]
-
-
-def cosine(t, x):
-    return torch.as_tensor(t, dtype=x.dtype).cos()
-
-
-def mlp(features=3):
-    torch.manual_seed(0)
-    return MLP(features, hidden=8).double()
-
-
-def points(rows=4, features=3):
-    return torch.randn(rows, features, dtype=FLOAT64, generator=torch.Generator().manual_seed(1))
 
 
 @torch.no_grad()
@@ -43,7 +31,7 @@ def budget_spent(field, x, method, tolerance=1e-6, budget=1000):
 
 @pytest.mark.parametrize("method", ["dopri5", "bosh3"])
 def test_a_stiff_field_is_told_of_stability(method):
-    error = budget_spent(Function(lambda t, x: -2000 * (x - cosine(t, x))), points(), method)
+    error = budget_spent(Function(lambda t, x: -2000 * (x - cosine(t, x))), states(), method)
     assert "stability" in error.advice
     assert max(error.steps) < 2 * min(error.steps)
 
@@ -58,7 +46,7 @@ SUDDEN = {
 def test_a_field_whose_jumps_or_kinks_the_solver_does_not_know_is_told_of_them(method, case):
     """bosh3 at such a tolerance takes steps so short that kinks do not matter."""
     field, tolerance = SUDDEN[case]
-    error = budget_spent(Function(field), points(), method, tolerance, budget=300)
+    error = budget_spent(Function(field), states(), method, tolerance, budget=300)
     assert "kinks" in error.advice
     assert "knots" in error.advice
 
@@ -96,7 +84,7 @@ def test_a_layer_that_is_not_finite_names_depth_and_rows(options, gradient, norm
     """Only images whose first entry is positive meet the second layer's pole."""
     pole = Function(lambda t, x: x / x.clamp(max=0).sign().abs() if float(t) > 1 else -0.1 * x)
     pole.knots = (1.0,)
-    x = points()
+    x = states()
     flow = Flow(pole, Adaptive("dopri5", gradient=gradient, norm=norm, **options), depth=2)
     with pytest.raises(SolveError, match="not finite") as caught:
         flow(x.requires_grad_())
@@ -106,27 +94,25 @@ def test_a_layer_that_is_not_finite_names_depth_and_rows(options, gradient, norm
 
 @pytest.mark.parametrize("budget", [1, 2, 3, 7, 8, 9, 30])
 @pytest.mark.parametrize("gradient", ["direct", "checkpoint"])
-@pytest.mark.parametrize("make", [lambda: mlp(4), lambda: tanh_layers(2, gain=3.0)], ids=["mlp", "layers"])
+@pytest.mark.parametrize("make", [lambda: small_mlp(4), lambda: tanh_layers(2, gain=3.0)], ids=["mlp", "layers"])
 def test_the_budget_is_spent_exactly(make, gradient, budget):
     field = Watched(make())
     flow = Flow(field, Adaptive("dopri5", 1e-9, 1e-9, gradient=gradient, max_evaluations=budget), depth=2)
     with pytest.raises(SolveError, match="budget"):
-        flow(points(features=4).requires_grad_())
+        flow(states(4, 4).requires_grad_())
     assert len(field.depths) == budget
 
 
 @pytest.mark.parametrize("method", FAST)
 def test_a_solve_that_takes_the_whole_budget_succeeds(method):
-    cost = solve(mlp(), points(), method)
-    same = solve(mlp(), points(), method, max_evaluations=cost.evaluations)
+    cost = solve(small_mlp(), states(), method)
+    same = solve(small_mlp(), states(), method, max_evaluations=cost.evaluations)
     assert same == cost
     with pytest.raises(SolveError, match="budget"):
-        solve(mlp(), points(), method, max_evaluations=cost.evaluations - 1)
+        solve(small_mlp(), states(), method, max_evaluations=cost.evaluations - 1)
 
 
 # Words
-
-
 @pytest.mark.parametrize(
     ("method", "options", "reason"),
     [

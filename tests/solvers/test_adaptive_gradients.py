@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from problems import FLOAT64, Function, Watched, tanh_layers
+from problems import FLOAT64, Normed, Watched, small_mlp, states, tanh_layers
 from torch import nn
 from torch.autograd import gradcheck
 from torch.func import functional_call
@@ -14,25 +14,19 @@ from torchdiffeq._impl.odeint import SOLVERS
 from continuum import MLP, Adaptive, Autonomous, Expansion, Field, Flow, PiecewiseConstant
 from continuum.analysis.memory import StorageTally, peak_memory
 from continuum.bases import Hat
-from continuum.fields import PreActivation
+from continuum.fields import Function, PreActivation
 
 FAST = ["dopri5", "bosh3", "dopri8"]
 EXACT = pytest.mark.parametrize("gradient", ["direct", "checkpoint"])
 ALL = pytest.mark.parametrize("gradient", ["direct", "checkpoint", "adjoint"])
+NARROW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+TOLERANCES = [(torch.bfloat16, 7e-3, True), (torch.bfloat16, 8e-3, False), (torch.float16, 9e-4, True)]
+TOLERANCES += [(torch.float16, 1e-3, False), (torch.float32, 1e-7, True), (torch.float32, 2e-7, False)]
 
 
 def constant(h):
     """Every step is accepted, and h long."""
     return {"rtol": 10.0, "atol": 10.0, "first_step": h, "max_step": h}
-
-
-def points(rows=2, features=2, dtype=FLOAT64, seed=1):
-    return torch.randn(rows, features, dtype=FLOAT64, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def mlp(features=2, dtype=FLOAT64):
-    torch.manual_seed(0)
-    return MLP(features, hidden=3).to(dtype)
 
 
 def autonomous():
@@ -56,7 +50,7 @@ class Pulled(Field):
 
 def on_hats():
     torch.manual_seed(0)
-    return Expansion([mlp() for _ in range(3)], Hat(3, depth=2.0))
+    return Expansion([small_mlp(2, 3) for _ in range(3)], Hat(3, depth=2.0))
 
 
 class Energy(Field):
@@ -89,7 +83,7 @@ def layer_between(field, t, end):
 
 def unrolled(field, x, grid, method):
     """The states on the grid by a plain loop over torchdiffeq's tableau, open to autograd."""
-    tableau, states, slope = SOLVERS[method].tableau, [x], None
+    tableau, path, slope = SOLVERS[method].tableau, [x], None
     for t, end in pairwise(grid):
         h, layer = end - t, layer_between(field, t, end)
         slopes = [layer(t, x).to(x.dtype) if slope is None else slope]
@@ -97,31 +91,28 @@ def unrolled(field, x, grid, method):
             new = x + h * sum(w * k for w, k in zip(row.tolist(), slopes, strict=True) if w)
             slopes.append(layer(end if c == 1 else t + c * h, new).to(x.dtype))
         x, slope = new, None if end in field.knots else slopes[-1]
-        states.append(x)
-    return states
+        path.append(x)
+    return path
 
 
-def loss(states):
-    """A smooth function of some of the states."""
-    return sum((state**3).sum() + state.sin().sum() for state in states)
+def loss(some):
+    """A smooth function of some states."""
+    return sum((state**3).sum() + state.sin().sum() for state in some)
 
 
-def gradients(field, x, states):
+def gradients(field, x, some):
     inputs = [x, *field.parameters()]
-    found = torch.autograd.grad(loss(states), inputs, allow_unused=True)
+    found = torch.autograd.grad(loss(some), inputs, allow_unused=True)
     return [torch.zeros_like(value) if grad is None else grad for value, grad in zip(inputs, found, strict=True)]
 
 
 def assert_close(found, expected, within=1e-10):
     """Relative to the largest entry of all gradients."""
     size = max(float(gradient.abs().max()) for gradient in expected)
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=within * size)
+    torch.testing.assert_close(found, expected, rtol=0, atol=within * size)
 
 
 # Exactness
-
-
 FIELDS = {
     "autonomous": autonomous,
     "with time": Pulled,
@@ -133,47 +124,34 @@ FIELDS = {
 }
 
 
-@pytest.mark.parametrize("times", [(0.0, 1.0), (0.7, 0.2), (0.0, 0.4, 1.0)], ids=str)
-@pytest.mark.parametrize("case", ["autonomous", "with time"])
+SPANS, FOUR_TIMES = ((0.0, 1.0), (0.7, 0.2), (0.0, 0.4, 1.0)), (0.0, 0.4, 1.0, 2.0)
+CHECKED = [(case, times, slice(1, 2)) for case in ("autonomous", "with time") for times in SPANS]
+CHECKED += [("jumps", (0.0, 2.0), slice(1, 2)), ("jumps", (1.7, 0.2), slice(0, 2)), ("jumps", FOUR_TIMES, slice(1, 3))]
+
+
+@pytest.mark.parametrize(("case", "times", "counted"), CHECKED)
 @pytest.mark.parametrize("method", FAST)
 @EXACT
-def test_gradcheck(gradient, method, case, times):
+def test_gradcheck(gradient, method, case, times, counted):
+    """Also of states in which the second of two layers has no part."""
     field = FIELDS[case]()
-    flow = Flow(field, Adaptive(method, gradient=gradient, **constant(0.5)), depth=1)
-    assert gradcheck(lambda x, *_: flow.trajectory(x, times)[1], (points().requires_grad_(), *field.parameters()))
-
-
-@EXACT
-def test_gradcheck_where_the_field_jumps(gradient):
-    field = tanh_layers(2, features=2, gain=2.0)
-    flow = Flow(field, Adaptive("dopri5", gradient=gradient, **constant(0.5)), depth=2)
-    inputs = (points(1).requires_grad_(), *field.parameters())
-    assert gradcheck(lambda x, *_: flow(x), inputs)
-    assert gradcheck(lambda x, *_: flow.trajectory(x, (1.7, 0.2)), inputs)
-    assert gradcheck(lambda x, *_: flow.trajectory(x, (0, 0.4, 1, 2))[1:3], inputs), "the second layer has no part in these"
+    flow = Flow(field, Adaptive(method, gradient=gradient, **constant(0.5)), depth=2)
+    assert gradcheck(lambda x, *_: flow.trajectory(x, times)[counted], (states(1, 2).requires_grad_(), *field.parameters()))
 
 
 @pytest.mark.parametrize(
-    ("times", "counted"),
-    [
-        ((0.0, 0.3, 1.0, 1.1, 2.0), (1, 2, 4)),
-        ((0.0, 0.3, 2.0), (0, 1)),
-        ((2.0, 1.0, 0.1), (2,)),
-    ],
-    ids=str,
+    ("times", "counted"), [((0.0, 0.3, 1.0, 1.1, 2.0), (1, 2, 4)), ((0.0, 0.3, 2.0), (0, 1)), ((2.0, 1.0, 0.1), (2,))], ids=str
 )
 @pytest.mark.parametrize("case", FIELDS)
 @pytest.mark.parametrize("method", FAST)
 def test_gradients_are_those_of_the_unrolled_steps(method, case, times, counted):
     """With a loss on all times, or on some of them."""
-    field, x = FIELDS[case](), points(3).requires_grad_()
-    found = {}
+    field, x, found = FIELDS[case](), states(3, 2).requires_grad_(), {}
     for gradient in ("direct", "checkpoint"):
         flow = Flow(field, Adaptive(method, 1e-4, 1e-4, gradient=gradient), depth=2)
-        path = flow.trajectory(x, times, exact=True)
-        found[gradient] = gradients(field, x, [path[i] for i in counted])
-    states = unrolled(field, x, flow.cost.grid, method)
-    expected = gradients(field, x, [states[flow.cost.grid.index(times[i])] for i in counted])
+        found[gradient] = gradients(field, x, flow.trajectory(x, times, exact=True)[list(counted)])
+    path = unrolled(field, x, flow.cost.grid, method)
+    expected = gradients(field, x, [path[flow.cost.grid.index(times[i])] for i in counted])
     assert_close(found["checkpoint"], found["direct"])
     assert_close(found["direct"], expected)
 
@@ -181,7 +159,7 @@ def test_gradients_are_those_of_the_unrolled_steps(method, case, times, counted)
 @pytest.mark.parametrize("method", FAST)
 @EXACT
 def test_rejected_steps_leave_no_trace_in_the_gradient(gradient, method):
-    field, x = Pulled(rate=30.0), points().requires_grad_()
+    field, x = Pulled(rate=30.0), states(2, 2).requires_grad_()
     flow = Flow(field, Adaptive(method, 1e-4, 1e-4, gradient=gradient, first_step=2.0), depth=2)
     end = flow(x)
     assert flow.cost.rejected >= 3
@@ -193,7 +171,7 @@ def test_what_has_no_part_in_the_loss_has_no_gradient(gradient):
     field = PiecewiseConstant([Pulled(), Pulled()])
     field.layers[1].linear.bias.requires_grad_(False)
     flow = Flow(field, Adaptive("dopri5", gradient=gradient), depth=2)
-    flow.trajectory(points(), (0, 0.5, 1, 2))[:3].sum().backward()
+    flow.trajectory(states(2, 2), (0, 0.5, 1, 2))[:3].sum().backward()
     for layer in field.layers:
         assert layer.unused.grad is None or not layer.unused.grad.any()
     assert field.layers[0].linear.weight.grad.abs().sum() > 0
@@ -203,12 +181,12 @@ def test_what_has_no_part_in_the_loss_has_no_gradient(gradient):
 
 @EXACT
 def test_a_state_alone_or_a_field_alone_has_a_gradient(gradient):
-    x = points().requires_grad_()
-    still = Flow(mlp().requires_grad_(False), Adaptive("dopri5", gradient=gradient), depth=1)
+    x = states(2, 2).requires_grad_()
+    still = Flow(small_mlp(2, 3).requires_grad_(False), Adaptive("dopri5", gradient=gradient), depth=1)
     still(x).sum().backward()
     assert x.grad.abs().min() > 0
-    flow = Flow(mlp(), Adaptive("dopri5", gradient=gradient), depth=1)
-    flow(points()).sum().backward()
+    flow = Flow(small_mlp(2, 3), Adaptive("dopri5", gradient=gradient), depth=1)
+    flow(states(2, 2)).sum().backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in flow.parameters())
     constant = Flow(Function(lambda t, x: torch.ones_like(x)), Adaptive("dopri5", gradient=gradient), depth=1)
     (ones,) = torch.autograd.grad(constant(x).sum(), x)
@@ -218,14 +196,14 @@ def test_a_state_alone_or_a_field_alone_has_a_gradient(gradient):
 @pytest.mark.parametrize("case", ["energy", "energy of the state itself", "energy without care"])
 @pytest.mark.parametrize("method", ["dopri5", "bosh3"])
 def test_the_adjoint_of_a_field_that_differentiates_inside(method, case):
-    field, x = FIELDS[case](), points(3).requires_grad_()
+    field, x = FIELDS[case](), states(3, 2).requires_grad_()
     flow = Flow(field, Adaptive(method, 1e-7, 1e-7, gradient="adjoint"), depth=2)
     found = gradients(field, x, [flow(x)])
     assert_close(found, gradients(field, x, unrolled(field, x, flow.cost.grid, method)[-1:]), within=1e-5)
 
 
 def test_the_adjoint_of_a_slope_that_depends_on_nothing():
-    x = points().requires_grad_()
+    x = states(2, 2).requires_grad_()
     flow = Flow(Function(lambda t, x: torch.ones_like(x)), Adaptive("dopri5", gradient="adjoint"), depth=1)
     (found,) = torch.autograd.grad(flow(x).sum(), x)
     torch.testing.assert_close(found, torch.ones_like(x))
@@ -235,18 +213,14 @@ def test_the_adjoint_takes_no_steps_for_the_sake_of_the_depth():
     """torchdiffeq solves for a gradient of the times too; where they jump at knots, in hundreds of steps."""
     field = on_hats()
     asked = []
-    field.register_forward_pre_hook(
-        lambda field, inputs: asked.append(isinstance(inputs[0], torch.Tensor) and inputs[0].requires_grad)
-    )
+    field.register_forward_pre_hook(lambda field, inputs: asked.append(getattr(inputs[0], "requires_grad", False)))
     flow = Flow(field, Adaptive("dopri5", 1e-6, 1e-6, gradient="adjoint"), depth=2)
-    flow(points(3)).sum().backward()
+    flow(states(3, 2)).sum().backward()
     assert len(asked) > flow.cost.evaluations
     assert not any(asked)
 
 
 # Precision
-
-
 class Convolved(nn.Module):
     def __init__(self):
         super().__init__()
@@ -254,9 +228,6 @@ class Convolved(nn.Module):
 
     def forward(self, x):
         return self.second(torch.tanh(self.norm(self.first(x))))
-
-
-NARROW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 
 
 @pytest.fixture
@@ -277,22 +248,20 @@ def under(dtype, solve, field, x):
     return torch.autograd.grad(end.square().sum(), tuple(field.parameters()))
 
 
+SHAPES = {"linear": (lambda: MLP(3, 8), (8, 3)), "convolutions": (lambda: Autonomous(Convolved()), (4, 4, 6, 6))}
+
+
 @NARROW
-@pytest.mark.parametrize(
-    ("make", "shape"),
-    [(lambda: MLP(3, 8), (8, 3)), (lambda: Autonomous(Convolved()), (4, 4, 6, 6))],
-    ids=["linear", "convolutions"],
-)
+@pytest.mark.parametrize(("make", "shape"), SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("method", ["dopri5", "bosh3"])
 @pytest.mark.usefixtures("_supported")
 def test_gradients_under_autocast_are_as_near_as_plain_autograds(method, make, shape, dtype):
     """To those in float32, for each parameter; root mean squares over six networks, because with one the errors are luck."""
     grid = (0.0, 0.25, 0.5, 0.75, 1.0)
-    solves = {
-        "plain": lambda field, x: unrolled(field, x, grid, method)[-1],
-        "direct": lambda field, x: Flow(field, Adaptive(method, **constant(0.25)), depth=1)(x),
-        "checkpoint": lambda field, x: Flow(field, Adaptive(method, gradient="checkpoint", **constant(0.25)), depth=1)(x),
-    }
+    solves = {"plain": lambda field, x: unrolled(field, x, grid, method)[-1]}
+    for gradient in ("direct", "checkpoint"):
+        solver = Adaptive(method, gradient=gradient, **constant(0.25))
+        solves[gradient] = lambda field, x, solver=solver: Flow(field, solver, depth=1)(x)
     squares = dict.fromkeys(solves, 0)
     for seed in range(6):
         torch.manual_seed(seed)
@@ -315,8 +284,8 @@ def test_backward_inside_and_outside_of_autocast(gradient, earlier, dtype):
     """A weight that autocast has cast without gradient, for whomever, is not met in a solve that wants one."""
     found = []
     for inside in (True, False):
-        flow = Flow(mlp(3, torch.float32), Adaptive("dopri5", 0.05, 0.05, gradient=gradient), depth=1)
-        x = points(4, 3, torch.float32).requires_grad_()
+        flow = Flow(small_mlp(3, 3).float(), Adaptive("dopri5", 0.05, 0.05, gradient=gradient), depth=1)
+        x = states(4, 3).float().requires_grad_()
         with torch.autocast("cpu", dtype=dtype):
             if earlier:
                 with torch.no_grad():
@@ -340,8 +309,8 @@ def test_backward_inside_and_outside_of_autocast(gradient, earlier, dtype):
 @pytest.mark.usefixtures("_supported")
 def test_under_autocast_a_gradient_changes_no_step(gradient, dtype):
     """Slopes are taken to the precision of the state before they are summed, in the error too, whatever is kept of them."""
-    flow = Flow(mlp(3, torch.float32), Adaptive("dopri5", 1e-3, 1e-3, gradient=gradient), depth=4)
-    x, costs = points(4, 3, torch.float32), []
+    flow = Flow(small_mlp(3, 3).float(), Adaptive("dopri5", 1e-3, 1e-3, gradient=gradient), depth=4)
+    x, costs = states(4, 3).float(), []
     for differentiated in (False, True):
         with torch.autocast("cpu", dtype=dtype), torch.set_grad_enabled(differentiated):
             flow(x)
@@ -351,47 +320,23 @@ def test_under_autocast_a_gradient_changes_no_step(gradient, dtype):
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("gradient", [None, "direct", "checkpoint", "adjoint"])
-@pytest.mark.parametrize(
-    ("dtype", "rtol", "warns"),
-    [
-        (torch.bfloat16, 7e-3, True),
-        (torch.bfloat16, 8e-3, False),
-        (torch.float16, 9e-4, True),
-        (torch.float16, 1e-3, False),
-        (torch.float32, 1e-7, True),
-        (torch.float32, 2e-7, False),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("dtype", "rtol", "warns"), TOLERANCES, ids=str)
 def test_a_tolerance_below_the_rounding_of_the_field_warns(dtype, rtol, warns, gradient):
-    flow = Flow(mlp(3, torch.float32), Adaptive("dopri5", rtol, 0.1, gradient=gradient or "direct"), depth=1)
+    flow = Flow(small_mlp(3, 3).float(), Adaptive("dopri5", rtol, 0.1, gradient=gradient or "direct"), depth=1)
     with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32), torch.set_grad_enabled(gradient is not None):
         if warns:
             with pytest.warns(UserWarning, match=f"rtol = {rtol:g} is below the rounding .* {str(dtype)[6:]}"):
-                flow(points(4, 3, torch.float32))
+                flow(states(4, 3).float())
         else:
-            flow(points(4, 3, torch.float32))
+            flow(states(4, 3).float())
 
 
 # Statistics and random numbers
-
-
-class Normed(Field):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.norm = nn.BatchNorm1d(3, dtype=FLOAT64)
-        self.linear = nn.Linear(3, 3, dtype=FLOAT64)
-
-    def forward(self, t, x):
-        return torch.tanh(self.linear(self.norm(x)))
-
-
 @pytest.mark.parametrize("options", [{}, {"first_step": 3.0}], ids=["", "rejections"])
 @pytest.mark.parametrize("make", [Normed, lambda: PiecewiseConstant([Normed(), Normed()])], ids=["smooth", "jumps"])
 def test_batch_statistics_are_those_of_one_forward_pass_in_all_modes(make, options):
     """Also of one without gradient. The adjoint's steps are torchdiffeq's own: behind a knot they differ in size."""
-    x, buffers = points(8, 3), {}
+    x, buffers = states(8, 3), {}
     for gradient in ("direct", "checkpoint", "adjoint"):
         for differentiated in (False, True):
             flow = Flow(make(), Adaptive("dopri5", 1e-5, 1e-5, gradient=gradient, **options), depth=2).train()
@@ -413,7 +358,7 @@ def test_batch_statistics_are_those_of_one_forward_pass_in_all_modes(make, optio
 
 @EXACT
 def test_gradients_through_batch_statistics_are_those_of_the_unrolled_steps(gradient):
-    field, x = Normed(), points(8, 3).requires_grad_()
+    field, x = Normed(), states(8, 3).requires_grad_()
     flow = Flow(field, Adaptive("dopri5", 1e-5, 1e-5, gradient=gradient), depth=2).train()
     end = flow(x)
     found = gradients(field, x, [end])
@@ -437,15 +382,14 @@ class Drawn(Field):
 def test_random_numbers_are_drawn_again_and_given_back(method, make):
     found = []
     for gradient in ("direct", "checkpoint"):
-        field, x = make().eval(), points().requires_grad_()
+        field, x = make().eval(), states(2, 2).requires_grad_()
         flow = Flow(field, Adaptive(method, 0.05, 0.05, gradient=gradient, max_step=0.5, first_step=2.0), depth=2)
         torch.manual_seed(7)
         end = flow(x)
         before = torch.get_rng_state()
         found.append([end, *gradients(field, x, [end])])
         assert torch.equal(torch.get_rng_state(), before)
-    for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("module", [nn.Dropout(0.3), nn.RReLU(), Drawn()], ids=["Dropout", "RReLU", "Drawn"])
@@ -455,18 +399,16 @@ def test_a_field_that_draws_in_training_is_refused(gradient, module):
     field = module if isinstance(module, Field) else Autonomous(nn.Sequential(nn.Linear(2, 2, dtype=FLOAT64), module))
     flow = Flow(field, Adaptive("dopri5", gradient=gradient), depth=1)
     with pytest.raises(TypeError, match="draws random numbers at every evaluation"):
-        flow.train()(points())
-    flow.eval()(points())
+        flow.train()(states(2, 2))
+    flow.eval()(states(2, 2))
 
 
 # Whatever autograd is asked for
-
-
 @pytest.mark.parametrize("case", FIELDS)
 @pytest.mark.parametrize("method", FAST)
 @EXACT
 def test_second_derivatives_are_those_of_the_unrolled_steps(gradient, method, case):
-    field, x = FIELDS[case](), points(3).requires_grad_()
+    field, x = FIELDS[case](), states(3, 2).requires_grad_()
     flow = Flow(field, Adaptive(method, 1e-3, 1e-3, gradient=gradient), depth=2)
     found = []
     for end in (flow(x), unrolled(field, x, flow.cost.grid, method)[-1]):
@@ -477,27 +419,25 @@ def test_second_derivatives_are_those_of_the_unrolled_steps(gradient, method, ca
 
 @EXACT
 def test_a_hook_on_a_parameter_acts_once(gradient):
-    flow, x = Flow(mlp(), Adaptive("dopri5", gradient=gradient), depth=1), points()
-    flow(x).sum().backward()
-    plain = [parameter.grad for parameter in flow.parameters()]
-    flow.zero_grad()
-    for parameter in flow.parameters():
+    flow, x = Flow(small_mlp(2, 3), Adaptive("dopri5", gradient=gradient), depth=1), states(2, 2)
+    parameters = list(flow.parameters())
+    plain = torch.autograd.grad(flow(x).sum(), parameters)
+    for parameter in parameters:
         parameter.register_hook(lambda gradient: 2 * gradient)
     flow(x).sum().backward()
-    for once, parameter in zip(plain, flow.parameters(), strict=True):
-        torch.testing.assert_close(parameter.grad, 2 * once)
+    torch.testing.assert_close([parameter.grad for parameter in parameters], [2 * once for once in plain])
 
 
 @pytest.mark.parametrize("case", ["autonomous", "with time", "jumps"])
 @pytest.mark.parametrize("method", FAST)
 def test_transforms_of_functions(method, case):
     """Forward-mode and reverse-mode derivatives agree; a map over samples shares its steps, as a batch does."""
-    field, x = FIELDS[case](), points(3)
+    field, x = FIELDS[case](), states(3, 2)
     flow = Flow(field, Adaptive(method, 1e-3, 1e-3), depth=2)
     (expected,) = torch.autograd.grad(loss([flow(x.requires_grad_())]), x)
     x = x.detach()
     assert_close([torch.func.grad(lambda x: loss([flow(x)]))(x)], [expected])
-    direction = points(3, seed=2)
+    direction = states(3, 2, seed=2)
     _, along = torch.func.jvp(lambda x: loss([flow(x)]), (x,), (direction,))
     torch.testing.assert_close(along, (expected * direction).sum())
     assert_close([torch.func.vmap(lambda row: flow(row[None])[0])(x)], [flow(x)])
@@ -505,8 +445,8 @@ def test_transforms_of_functions(method, case):
 
 @EXACT
 def test_a_checkpoint_around_a_flow_solves_it_twice(gradient):
-    field = Watched(mlp())
-    flow, x = Flow(field, Adaptive("dopri5", gradient=gradient), depth=1), points().requires_grad_()
+    field = Watched(small_mlp(2, 3))
+    flow, x = Flow(field, Adaptive("dopri5", gradient=gradient), depth=1), states(2, 2).requires_grad_()
     end = torch.utils.checkpoint.checkpoint(flow, x, use_reentrant=False)
     (found,) = torch.autograd.grad(end.sum(), x)
     assert len(field.depths) <= (2 if gradient == "direct" else 3) * flow.cost.evaluations
@@ -517,25 +457,23 @@ def test_a_checkpoint_around_a_flow_solves_it_twice(gradient):
 @pytest.mark.parametrize("case", FIELDS)
 @EXACT
 def test_a_graph_that_is_retained_gives_the_same_again(gradient, case):
-    field, x = FIELDS[case](), points().requires_grad_()
+    field, x = FIELDS[case](), states(2, 2).requires_grad_()
     path = Flow(field, Adaptive("dopri5", gradient=gradient), depth=2).trajectory(x, (0, 0.5, 2))
     inputs = [x, *field.parameters()]
     passes = [
         torch.autograd.grad(path.square().sum(), inputs, retain_graph=retain, allow_unused=True)
         for retain in (True, True, False)
     ]
-    for other in passes[1:]:
-        for a, b in zip(passes[0], other, strict=True):
-            assert (a is None) == (b is None)
-            assert a is None or torch.equal(a, b)
+    for first, *others in zip(*passes, strict=True):
+        assert all(other is first or torch.equal(other, first) for other in others)
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(path.square().sum(), inputs, allow_unused=True)
 
 
 @EXACT
 def test_parameters_changed_before_the_backward_pass_are_noticed(gradient):
-    flow = Flow(mlp(), Adaptive("dopri5", gradient=gradient), depth=1)
-    end = flow(points())
+    flow = Flow(small_mlp(2, 3), Adaptive("dopri5", gradient=gradient), depth=1)
+    end = flow(states(2, 2))
     with torch.no_grad():
         next(iter(flow.parameters())).add_(1)
     with pytest.raises(RuntimeError, match=r"modified by an inplace operation|changed in place"):
@@ -557,17 +495,17 @@ class Square(Field):
 @EXACT
 def test_states_changed_before_the_backward_pass_are_noticed(gradient, which):
     """As where the next batch is copied into the place of this one. A requested state is given to the caller."""
-    field, x = Square(), points().requires_grad_()
-    states = Adaptive("dopri5", gradient=gradient)(field, x, (0.0, 0.5, 1.0), exact=True).states
+    field, x = Square(), states(2, 2).requires_grad_()
+    path = Adaptive("dopri5", gradient=gradient)(field, x, (0.0, 0.5, 1.0), exact=True).states
     with torch.no_grad():
-        states[which].mul_(2)
+        path[which].mul_(2)
     with pytest.raises(RuntimeError, match=r"modified by an inplace operation|changed in place"):
-        states[2].sum().backward()
+        path[2].sum().backward()
 
 
 @EXACT
 def test_the_end_may_be_changed_in_place(gradient):
-    field, x = Square(), points().requires_grad_()
+    field, x = Square(), states(2, 2).requires_grad_()
     found = []
     for change in (torch.Tensor.mul, torch.Tensor.mul_):
         end = Flow(field, Adaptive("dopri5", gradient=gradient), depth=1)(x)
@@ -576,29 +514,21 @@ def test_the_end_may_be_changed_in_place(gradient):
         assert torch.equal(one, other)
 
 
-def a_leaf():
-    return torch.ones(2, dtype=FLOAT64, requires_grad=True)
-
-
-def an_output():
-    torch.manual_seed(0)
-    return nn.Linear(2, 2, dtype=FLOAT64)(torch.ones(2, dtype=FLOAT64))
-
-
-@pytest.mark.parametrize("foreign", [a_leaf, an_output])
+@pytest.mark.parametrize("leaf", [True, False], ids=["a leaf", "an output"])
 @pytest.mark.parametrize("where", ["alone", "beside parameters", "in a later layer"])
 @ALL
-def test_a_gradient_that_leads_out_of_the_field_is_not_lost(gradient, where, foreign):
+def test_a_gradient_that_leads_out_of_the_field_is_not_lost(gradient, where, leaf):
     """It comes back as any other, or is refused by the adjoint, which would lose it in silence."""
-    tensor = foreign()
+    tensor = torch.ones(2, dtype=FLOAT64, requires_grad=True)
+    tensor = tensor if leaf else tensor.sin()
     field = Function(lambda t, x: torch.tanh(x * tensor))
     if where == "beside parameters":
-        known = mlp()
+        known = small_mlp(2, 3)
         field = Function(lambda t, x: known(t, x) * tensor)
         field.known = known
     elif where == "in a later layer":
-        field = PiecewiseConstant([mlp(), field])
-    flow, x = Flow(field, Adaptive("dopri5", gradient=gradient), depth=2), points()
+        field = PiecewiseConstant([small_mlp(2, 3), field])
+    flow, x = Flow(field, Adaptive("dopri5", gradient=gradient), depth=2), states(2, 2)
     if gradient == "adjoint":
         with pytest.raises(TypeError, match=r"requires a gradient and is neither its state nor one of its parameters"):
             flow(x)
@@ -612,7 +542,7 @@ def test_a_gradient_that_leads_out_of_the_field_is_not_lost(gradient, where, for
 @ALL
 def test_parameters_put_in_the_place_of_a_fields_own_have_gradients(gradient):
     """By `functional_call`, as where another network makes the weights: on the way back the field has its own again."""
-    field, x = mlp(), points().requires_grad_()
+    field, x = small_mlp(2, 3), states(2, 2).requires_grad_()
     flow = Flow(field, Adaptive("dopri5", 1e-7, 1e-7, gradient=gradient), depth=1)
     scale = torch.tensor(1.5, dtype=FLOAT64, requires_grad=True)
     other = copy.deepcopy(field)
@@ -628,8 +558,6 @@ def test_parameters_put_in_the_place_of_a_fields_own_have_gradients(gradient):
 
 
 # Memory
-
-
 def peak(gradient, steps, method="dopri5"):
     """The most memory that a forward and a backward pass hold, in bytes and in states, and the cost."""
     torch.manual_seed(0)
@@ -658,7 +586,7 @@ def test_a_further_step_holds_two_states_more(method):
 @EXACT
 def test_after_the_backward_pass_nothing_is_held(gradient):
     """Though the end is: what remains are it, and the gradients of the parameters."""
-    flow = Flow(mlp(8, torch.float32), Adaptive("dopri5", gradient=gradient, **constant(0.25)), depth=1)
+    flow = Flow(small_mlp(8, 3).float(), Adaptive("dopri5", gradient=gradient, **constant(0.25)), depth=1)
     x = torch.randn(1000, 8)
     with StorageTally() as tally:
         end = flow(x)

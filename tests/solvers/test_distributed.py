@@ -1,28 +1,18 @@
 """Two ranks with half of a batch each have the gradients of one process that has it all, and fail together."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from distributed_worker import ADJOINT_CASES, ELSEWHERE, FIXED_CASES, GLOBAL_CASES, MIXED_CASES, TOGETHER
-
-WORKER = Path(__file__).parent / "distributed_worker.py"
+from runs import in_two_processes
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The folder of what both ranks have seen, and their exit codes."""
     folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ranks = [subprocess.Popen([sys.executable, str(WORKER), str(rank), str(folder)], env=environment) for rank in range(2)]
-    try:
-        return folder, [rank.wait(timeout=240) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    return folder, in_two_processes(Path(__file__).parent / "distributed_worker.py", folder)
 
 
 @pytest.fixture
@@ -48,8 +38,6 @@ def test_both_ranks_come_to_the_end(run):
 
 
 # Gradients
-
-
 @pytest.mark.parametrize("name", FIXED_CASES)
 def test_fixed_steps_have_the_gradient_of_the_whole_batch(seen, name):
     assert_gradients(seen("fixed", name), 1e-12 if FIXED_CASES[name].dtype == torch.float64 else 1e-6)
@@ -88,8 +76,6 @@ def test_the_norm_of_each_batch_takes_other_steps_and_still_trains(seen):
 
 
 # Failures
-
-
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_a_state_that_is_not_finite_ends_the_solve_on_both_ranks(seen, name):
     first, second = seen("failed", name)

@@ -5,102 +5,29 @@ import math
 
 import pytest
 import torch
-from problems import FLOAT64, tanh_layers
+from networks import build
+from problems import FLOAT64, STEPPED, solved, states, tanh_layers
 
-import continuum
-from continuum import (
-    MLP,
-    RK4,
-    Autonomous,
-    Coupled,
-    Euler,
-    EulerMaruyama,
-    Expansion,
-    FixedStep,
-    Flow,
-    Momentum,
-    PiecewiseConstant,
-    StochasticDepth,
-)
+from continuum import RK4, Autonomous, Euler, Expansion, FixedStep, Flow, PiecewiseConstant, StochasticDepth
 from continuum.analysis.memory import peak_memory
 from continuum.bases import Hat
 from continuum.bench.counts import Synchronisations
-from continuum.fields import PreActivation
-from continuum.schemes import (
-    AdamsBashforth,
-    Coupling,
-    Heun,
-    LinearTwoStep,
-    Milstein,
-    NeumannSeries,
-    StochasticTwoStep,
-    TwoStepMidpoint,
-    Verlet,
-)
+from continuum.fields import MLP, Coupled, PreActivation
+from continuum.schemes import AdamsBashforth, Coupling, Heun, LinearTwoStep, StochasticTwoStep, TwoStepMidpoint
 
 LAYERS = 6
 
 
-def mlps(wrap=lambda field: field, count=LAYERS):
-    """Layers of MLPs in float64, each wrapped."""
-    torch.manual_seed(0)
-    return PiecewiseConstant(wrap(MLP(4, 5).double()) for _ in range(count))
-
-
-def halves():
-    torch.manual_seed(0)
-    return PiecewiseConstant(Coupled(MLP(2, 5).double(), MLP(2, 5).double()) for _ in range(LAYERS))
-
-
-def dropped(field):
-    return StochasticDepth(field, 0.6)
-
-
-FIELDS = {
-    Euler(): mlps,
-    Heun(): mlps,
-    RK4(): mlps,
-    AdamsBashforth(3): lambda: MLP(4, 5).double(),
-    LinearTwoStep(): lambda: mlps(lambda field: Momentum(field, -0.3)),
-    TwoStepMidpoint(): mlps,
-    NeumannSeries(): mlps,
-    Coupling(): halves,
-    Verlet(): halves,
-    EulerMaruyama(): lambda: mlps(dropped),
-    EulerMaruyama("brownian"): lambda: mlps(dropped),
-    Milstein(): lambda: mlps(dropped),
-    StochasticTwoStep(): lambda: mlps(lambda field: Momentum(dropped(field), -0.3)),
-}
-
-
 REMEMBERED = {AdamsBashforth: 2, LinearTwoStep: 1, TwoStepMidpoint: 1, StochasticTwoStep: 1}
 """How many slopes or states a scheme remembers."""
-
-
-def images(dtype, seed=1):
-    return torch.randn(4, 3, 6, 6, dtype=dtype, generator=torch.Generator().manual_seed(seed))
-
-
-def points(seed=1):
-    return torch.randn(5, 4, dtype=FLOAT64, generator=torch.Generator().manual_seed(seed))
+RECOMPUTED = [{"gradient": "checkpoint", "every": 2}, {"gradient": "reversible"}]
+CHANGES = [("checkpoint", "start"), ("checkpoint", "before"), ("checkpoint", "weight"), ("reversible", "weight")]
 
 
 def norms(count, dtype, dropout=0.0):
     """Pre-activation layers, with batch statistics."""
     torch.manual_seed(0)
     return PiecewiseConstant(Autonomous(PreActivation(3, 3, dropout=dropout)).scaled(0.3) for _ in range(count)).to(dtype)
-
-
-def solved(flow, x, previous=None, precision=None):
-    """End state, gradients of start and parameters, and buffers, after a forward and a backward pass."""
-    flow.zero_grad()
-    x = x.clone().requires_grad_()
-    torch.manual_seed(3)
-    with torch.autocast("cpu", dtype=precision or torch.bfloat16, enabled=precision is not None):
-        end = flow(x, previous)
-    end.square().sum().backward()
-    gradients = {name: p.grad for name, p in flow.named_parameters() if p.grad is not None}
-    return {"end": end.detach(), "start": x.grad, **gradients, **dict(flow.named_buffers())}
 
 
 def assert_same(flow, every, *arguments, **options):
@@ -115,17 +42,17 @@ def assert_same(flow, every, *arguments, **options):
 
 @pytest.mark.parametrize("h", [0.5, 1, 2])
 @pytest.mark.parametrize("every", [1, 3, 100])
-@pytest.mark.parametrize("scheme", FIELDS, ids=str)
+@pytest.mark.parametrize("scheme", STEPPED, ids=str)
 def test_gradients_are_the_direct_ones(scheme, every, h):
-    assert_same(Flow(FIELDS[scheme](), FixedStep(scheme, h), LAYERS), every, points())
+    assert_same(Flow(STEPPED[scheme](LAYERS), FixedStep(scheme, h), LAYERS), every, states(5, 4))
 
 
 @pytest.mark.parametrize("scheme", [LinearTwoStep(), TwoStepMidpoint(), StochasticTwoStep()], ids=str)
 def test_the_state_before_has_a_gradient_too(scheme):
     found = []
     for options in ({}, {"gradient": "checkpoint", "every": 2}):
-        previous = points(seed=2).requires_grad_()
-        solved(Flow(FIELDS[scheme](), FixedStep(scheme, **options), LAYERS), points(), previous)
+        previous = states(5, 4, seed=2).requires_grad_()
+        solved(Flow(STEPPED[scheme](LAYERS), FixedStep(scheme, **options), LAYERS), states(5, 4), previous)
         found.append(previous.grad)
     assert found[0].abs().sum() > 0
     assert torch.equal(*found)
@@ -135,7 +62,7 @@ def test_the_state_before_has_a_gradient_too(scheme):
 @pytest.mark.parametrize("h", [0.5, 2])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_statistics_move_once_and_masks_are_those_of_the_way_out(dropout, h, every):
-    assert_same(Flow(norms(LAYERS, FLOAT64, dropout), FixedStep(Euler(), h), LAYERS), every, images(FLOAT64))
+    assert_same(Flow(norms(LAYERS, FLOAT64, dropout), FixedStep(Euler(), h), LAYERS), every, states(4, 3, 6, 6))
 
 
 def test_statistics_of_shared_layers_and_of_a_basis_move_once():
@@ -143,7 +70,7 @@ def test_statistics_of_shared_layers_and_of_a_basis_move_once():
     for field in (layer, Expansion([layer] * 3, Hat(3, depth=4.0))):
         flow = Flow(copy.deepcopy(field), "rk4", 4)
         before = copy.deepcopy(flow.state_dict())
-        assert_same(flow, 2, images(FLOAT64))
+        assert_same(flow, 2, states(4, 3, 6, 6))
         moved = [name for name, value in flow.named_buffers() if not torch.equal(before[name], value)]
         assert len(moved) == len(before) - len(list(flow.parameters()))
 
@@ -151,7 +78,7 @@ def test_statistics_of_shared_layers_and_of_a_basis_move_once():
 def test_evaluation_leaves_the_statistics():
     flow = Flow(norms(3, FLOAT64), "euler:gradient=checkpoint,every=2", 3).eval()
     before = copy.deepcopy(flow.state_dict())
-    solved(flow, images(FLOAT64))
+    solved(flow, states(4, 3, 6, 6))
     assert all(torch.equal(before[name], value) for name, value in flow.state_dict().items())
 
 
@@ -160,26 +87,37 @@ def test_the_precision_of_the_forward_pass_is_kept(every):
     """One layer for all depths, whose weights autocast casts once on the way out."""
     layer = norms(1, torch.float32, dropout=0.2).layers[0]
     for field in (layer, norms(LAYERS, torch.float32, dropout=0.2)):
-        assert_same(Flow(field, "euler", LAYERS), every, images(torch.float32), precision=torch.bfloat16)
+        assert_same(Flow(field, "euler", LAYERS), every, states(4, 3, 6, 6, dtype=torch.float32), precision=torch.bfloat16)
 
 
-def test_random_numbers_go_on_as_if_nothing_had_been_recomputed():
+@pytest.mark.parametrize("options", RECOMPUTED, ids=str)
+def test_random_numbers_go_on_as_if_nothing_had_been_recomputed(options):
     draws = []
-    for solver in ("euler", "euler:gradient=checkpoint,every=2"):
-        solved(Flow(norms(3, torch.float32, dropout=0.5), solver, 3), images(torch.float32))
+    for chosen in ({}, options):
+        layers = zip(*(norms(3, torch.float32, dropout=0.5).layers for _ in range(2)), strict=True)
+        flow = Flow(PiecewiseConstant(Coupled(*pair) for pair in layers), FixedStep(Coupling(), **chosen), 3)
+        solved(flow, states(4, 6, 6, 6, dtype=torch.float32))
         draws.append(torch.rand(4))
     assert torch.equal(*draws)
 
 
+@pytest.mark.parametrize("options", RECOMPUTED, ids=str)
+def test_without_gradients_nothing_is_kept(options):
+    flow = Flow(STEPPED[Coupling()](3), FixedStep(Coupling(), **options), 3)
+    with torch.no_grad():
+        assert not flow(states(5, 4)).requires_grad
+    flow.requires_grad_(False)
+    assert not flow(states(5, 4)).requires_grad
+
+
 @pytest.mark.parametrize("name", ["resnet", "lm_resnet", "fractal_resnet", "revnet", "stochastic_depth_resnet"])
 def test_networks_train_so(name):
-    torch.manual_seed(0)
-    arguments = {"depth": 26, "widths": (4, 8, 12)} if name == "revnet" else {"depth": 14, "width": 4}
-    network = getattr(continuum.zoo, name)(**arguments).double()
+    network, images = build(name)
+    network.double()
     other = copy.deepcopy(network).with_solver(FixedStep(network.solver.scheme, gradient="checkpoint", every=2))
     for model in (network, other):
         torch.manual_seed(3)
-        model(torch.randn(4, 3, 16, 16, dtype=FLOAT64)).square().sum().backward()
+        model(images.double()).square().sum().backward()
     for (label, ours), theirs in zip(other.named_parameters(), network.parameters(), strict=True):
         assert (ours.grad is None) == (theirs.grad is None), label
         assert ours.grad is None or torch.equal(ours.grad, theirs.grad), label
@@ -190,20 +128,19 @@ def test_second_derivatives_and_repeated_backward_passes():
     found = []
     for options in ({}, {"gradient": "checkpoint", "every": 2}):
         flow = Flow(tanh_layers(5), FixedStep(RK4(), **options), 5)
-        x = points().requires_grad_()
+        x = states(5, 4).requires_grad_()
         loss = flow(x).square().sum()
         (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
         gradient.square().sum().backward(retain_graph=True)
         loss.backward()
         found.append([gradient, x.grad, *(p.grad for p in flow.parameters())])
-    for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("changed", ["start", "before", "weight"])
-def test_what_changes_before_the_backward_pass_is_noticed(changed):
-    flow = Flow(FIELDS[LinearTwoStep()](), "linear_two_step:gradient=checkpoint", LAYERS)
-    tensors = {"start": points(), "before": points(seed=2), "weight": next(flow.parameters())}
+@pytest.mark.parametrize(("gradient", "changed"), CHANGES)
+def test_what_changes_before_the_backward_pass_is_noticed(gradient, changed):
+    flow = Flow(STEPPED[LinearTwoStep()](LAYERS), FixedStep(LinearTwoStep(), gradient=gradient), LAYERS)
+    tensors = {"start": states(5, 4), "before": states(5, 4, seed=2), "weight": next(flow.parameters())}
     end = flow(tensors["start"], tensors["before"])
     with torch.no_grad():
         tensors[changed].add_(1)
@@ -212,10 +149,8 @@ def test_what_changes_before_the_backward_pass_is_noticed(changed):
 
 
 # What is stored
-
-
 @pytest.mark.parametrize("every", [1, 2, 5, 32])
-@pytest.mark.parametrize("scheme", FIELDS, ids=str)
+@pytest.mark.parametrize("scheme", STEPPED, ids=str)
 def test_every_kth_state_is_stored_and_nothing_else(scheme, every):
     """And what a multistep scheme remembers beside each of them; the same tensor twice is stored once."""
     saved = {}
@@ -224,8 +159,8 @@ def test_every_kth_state_is_stored_and_nothing_else(scheme, every):
         saved[tensor.data_ptr()] = tensor
         return tensor
 
-    x = points().requires_grad_()
-    flow = Flow(FIELDS[scheme](), FixedStep(scheme, 0.5, gradient="checkpoint", every=every), LAYERS)
+    x = states(5, 4).requires_grad_()
+    flow = Flow(STEPPED[scheme](LAYERS), FixedStep(scheme, 0.5, gradient="checkpoint", every=every), LAYERS)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         flow(x)
     stored = sum(tensor.shape == x.shape for tensor in saved.values())
@@ -233,18 +168,10 @@ def test_every_kth_state_is_stored_and_nothing_else(scheme, every):
     assert segments <= stored <= segments * (1 + REMEMBERED.get(type(scheme), 0))
 
 
-def test_without_gradients_nothing_is_kept():
-    flow = Flow(tanh_layers(3), "rk4:gradient=checkpoint", 3)
-    with torch.no_grad():
-        assert not flow(points()).requires_grad
-    flow.requires_grad_(False)
-    assert not flow(points()).requires_grad
-
-
 @pytest.mark.parametrize("scheme", [Euler(), LinearTwoStep()], ids=str)
 def test_nothing_waits_for_the_device(scheme):
-    flow = Flow(FIELDS[scheme](), FixedStep(scheme, gradient="checkpoint", every=2), LAYERS)
-    x = points().requires_grad_()
+    flow = Flow(STEPPED[scheme](LAYERS), FixedStep(scheme, gradient="checkpoint", every=2), LAYERS)
+    x = states(5, 4).requires_grad_()
     with Synchronisations(x.device) as mode:
         flow(x).square().sum().backward()
     assert mode.count == 0
@@ -268,42 +195,6 @@ def test_memory_is_that_of_the_stored_states_and_one_group():
     assert single < 32 + 1.5 * direct / 32 + 4
     assert four < 8 + 1.5 * direct / 8 + 4
     assert all_ > 0.9 * direct, "one group is the whole solve"
-
-
-# Text and errors
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "rk4:h=0.25,gradient=checkpoint,every=4",
-        "rk4:h=1,gradient=checkpoint",
-        "adams_bashforth:order=3,h=0.5,gradient=checkpoint,every=2",
-        "euler:grid=0.0/0.5/2.0,gradient=checkpoint,every=3",
-        "dopri5:h=0.5,gradient=checkpoint,every=2",
-    ],
-)
-def test_text(text):
-    solver = continuum.solvers.parse(text)
-    assert str(solver) == text
-    assert continuum.solvers.parse(str(solver)) == solver
-
-
-def test_what_has_no_meaning_is_refused():
-    for every in (0, -1, 1.5, True, "2"):
-        with pytest.raises(ValueError, match=r"every counts the steps .* not"):
-            FixedStep(Euler(), gradient="checkpoint", every=every)
-    for options in ({}, {"gradient": "direct"}):
-        with pytest.raises(ValueError, match=r"every=2 says which states gradient='checkpoint' stores; gradient='direct'"):
-            FixedStep(Euler(), every=2, **options)
-    with pytest.raises(ValueError, match=r"every=2 .* gradient='reversible'"):
-        FixedStep(Coupling(), gradient="reversible", every=2)
-    with pytest.raises(ValueError, match="direct, reversible, checkpoint, not 'adjoint'"):
-        FixedStep(Euler(), gradient="adjoint")
-    with pytest.raises(ValueError, match="every=4"):
-        continuum.solvers.parse("rk4:every=4")
-    with pytest.raises(ValueError, match="invalid literal"):
-        continuum.solvers.parse("rk4:gradient=checkpoint,every=some")
 
 
 def test_a_refined_flow_and_one_without_noise_recompute_too():

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import DDPStrategy
+from runs import quiet_trainer
 
 import continuum
 from continuum.training import Classifier, Digits
@@ -33,17 +34,8 @@ def main(rank: int, folder: Path, solver: str, port: str) -> None:
     network = continuum.zoo.stochastic_depth_resnet(14, width=8, in_channels=1, solver=solver)
     model = Watched(network, learning_rate=0.01)
     model.drawn = []
-    trainer = pl.Trainer(
-        max_steps=4,
-        accelerator="cpu",
-        devices=2,
-        strategy=DDPStrategy(process_group_backend="gloo", find_unused_parameters=True),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-    )
+    strategy = DDPStrategy(process_group_backend="gloo", find_unused_parameters=True)
+    trainer = quiet_trainer(max_steps=4, devices=2, strategy=strategy, limit_val_batches=0)
     trainer.fit(model, Digits(batch_size=16, train_size=128, crop=0))
     weights = {name: p.detach() for name, p in network.named_parameters()}
     torch.save({"drawn": model.drawn, "weights": weights}, folder / f"{rank}.pt")

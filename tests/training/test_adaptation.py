@@ -1,12 +1,14 @@
 """Callbacks that follow the weights in depth, and the step that adapts until the solver no longer matters."""
 
+import copy
 from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
+import runs
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
-from runs import quiet_trainer
+from runs import quiet_trainer, same_state
 from torch import Tensor, nn
 
 import continuum
@@ -19,18 +21,12 @@ from continuum.weights import depth_smoothness
 
 
 def fit(
-    folder: Path,
-    network: Network,
-    callbacks: list[pl.Callback],
-    epochs: int = 1,
-    resume: Path | None = None,
+    folder: Path, network: Network, callbacks: list[pl.Callback], epochs: int = 1, resume: Path | None = None
 ) -> tuple[Classifier, pl.Trainer]:
     """Four steps an epoch."""
-    pl.seed_everything(0)
-    model = Classifier(network, learning_rate=0.01)
-    trainer = quiet_trainer(callbacks, max_epochs=epochs, default_root_dir=folder, limit_val_batches=1)
-    trainer.fit(model, Digits(batch_size=32, train_size=128, crop=0), ckpt_path=resume)
-    return model, trainer
+    data, limits = Digits(batch_size=32, train_size=128, crop=0), {"default_root_dir": folder, "limit_val_batches": 1}
+    model = runs.fit(network, data, callbacks, resume, {"learning_rate": 0.01}, max_epochs=epochs, **limits)
+    return model, model.trainer
 
 
 def lm_resnet() -> Network:
@@ -59,8 +55,6 @@ def keep(folder: Path) -> ModelCheckpoint:
 
 
 # Smoothness and frictions
-
-
 def test_smoothness_is_logged_at_the_end_of_an_epoch_or_every_so_many_steps(tmp_path: Path) -> None:
     def plain(network: Network) -> list[float]:
         return [depth_smoothness(flow.field, 0.5).item() for flow in network.flows]  # type: ignore[arg-type]
@@ -106,8 +100,6 @@ def test_frictions_of_other_layers_start_a_new_history(tmp_path: Path) -> None:
 
 
 # The step
-
-
 class Stiff(Field):
     """x' = -rate (x - (1, -1)) on the logits of two classes: all paths lead to class 0, and steps that are too long beyond."""
 
@@ -120,10 +112,14 @@ class Stiff(Field):
         return -self.rate * (x - torch.tensor([1.0, -1.0]) - self.weight)
 
 
+def stiff(rate: float, solver: str, depth: float = 1) -> Network:
+    return Network(nn.Identity(), [Flow(Stiff(rate), solver, depth)], nn.Identity())
+
+
 def judged(rate: float, solver: str, steps: int = 1, images: Tensor | None = None, **options: int) -> str:
     """The solver after so many checks on images of class 0."""
     images = torch.tensor([[-1.0, 1.0]] * 8) if images is None else images
-    model = Classifier(Network(nn.Identity(), [Flow(Stiff(rate), solver, 1)], nn.Identity()))
+    model = Classifier(stiff(rate, solver))
     trainer = quiet_trainer()
     callback = AdaptStep(every=1, **options)
     for step in range(1, steps + 1):
@@ -218,8 +214,7 @@ def test_adapting_changes_the_solver_of_the_run_and_survives_a_resume(tmp_path: 
     assert str(continuum.load(tmp_path / "step=6.ckpt").solver) == "euler:h=0.2"
     resumed, rest = run(3, tmp_path / "step=8.ckpt")
     assert rest == steps[8:]
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[name]), name
+    assert same_state(model, resumed)
 
 
 def test_looking_leaves_no_trace(tmp_path: Path) -> None:
@@ -232,42 +227,36 @@ def test_looking_leaves_no_trace(tmp_path: Path) -> None:
     trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = 50
     images, labels = torch.randn(8, 1, 8, 8), torch.arange(8)
     network(images)
-    costs = [flow.cost for flow in network.flows]
-    before = {name: value.clone() for name, value in network.state_dict().items()}
+    costs, before = [flow.cost for flow in network.flows], copy.deepcopy(network)
     modes, state = [m.training for m in network.modules()], torch.get_rng_state()
     AdaptStep().on_train_batch_end(trainer, model, None, (images, labels), 0)
-    assert all(torch.equal(value, before[name]) for name, value in model.network.state_dict().items())
-    assert [m.training for m in network.modules()] == modes
-    assert [m.training for m in model.network.modules()] == modes
+    assert same_state(model.network, before)
+    assert [m.training for m in network.modules()] == [m.training for m in model.network.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
     assert [flow.cost for flow in network.flows] == costs
     assert all(p.grad is None for p in network.parameters())
 
 
-def test_what_cannot_be_adapted_or_followed_is_refused_at_setup() -> None:
-    def setup(callback: pl.Callback, network: Network) -> None:
-        callback.setup(quiet_trainer(), Classifier(network), "fit")
-
-    with pytest.raises(TypeError, match="not linear_two_step"):
-        setup(AdaptStep(), lm_resnet())
-    with pytest.raises(TypeError, match="not rk4"):
-        setup(AdaptStep(), odenet("rk4:h=0.5"))
-    with pytest.raises(ValueError, match="m even steps a layer"):
-        setup(AdaptStep(), odenet("euler:grid=0/0.5/1"))
-    with pytest.raises(ValueError, match="whole depths"):
-        setup(AdaptStep(), Network(nn.Identity(), [Flow(Stiff(1.0), "euler:h=0.5", 1.5)], nn.Identity()))
-    with pytest.raises(TypeError, match="has none: lm_resnet"):
-        setup(KeepFriction(), odenet("euler"))
-    with pytest.raises(TypeError, match="no flow of this network"):
-        setup(LogSmoothness(), odenet("euler"))
-    with pytest.raises(TypeError, match="LogSmoothness needs a module"):
+@pytest.mark.parametrize(
+    ("callback", "network", "error", "message"),
+    [
+        (AdaptStep(), lm_resnet, TypeError, "not linear_two_step"),
+        (AdaptStep(), lambda: odenet("rk4:h=0.5"), TypeError, "not rk4"),
+        (AdaptStep(), lambda: odenet("euler:grid=0/0.5/1"), ValueError, "m even steps a layer"),
+        (AdaptStep(), lambda: stiff(1.0, "euler:h=0.5", 1.5), ValueError, "whole depths"),
+        (KeepFriction(), lambda: odenet("euler"), TypeError, "has none: lm_resnet"),
+        (LogSmoothness(), lambda: odenet("euler"), TypeError, "no flow of this network"),
+    ],
+)
+def test_what_cannot_be_adapted_or_followed_is_refused_at_setup(callback, network, error, message) -> None:
+    with pytest.raises(error, match=message):
+        callback.setup(quiet_trainer(), Classifier(network()), "fit")
+    with pytest.raises(TypeError, match="needs a module"):
         LogSmoothness().setup(quiet_trainer(), pl.LightningModule(), "fit")
 
 
-@pytest.mark.parametrize(
-    "make",
-    [lambda: AdaptStep(every=0), lambda: AdaptStep(tolerance=1.0), lambda: AdaptStep(finest=0), lambda: LogSmoothness(0)],
-)
-def test_bad_numbers_are_refused(make) -> None:
-    with pytest.raises(ValueError, match=r"every"):
-        make()
+@pytest.mark.parametrize("options", [{"every": 0}, {"tolerance": 1.0}, {"finest": 0}], ids=str)
+def test_bad_numbers_are_refused(options: dict) -> None:
+    for make in (lambda: AdaptStep(**options), lambda: LogSmoothness(0)):
+        with pytest.raises(ValueError, match=r"every"):
+            make()

@@ -17,6 +17,8 @@ from continuum.training import CIFAR10, MNIST, Digits, ImageData, ImageFolder
 from continuum.training.batches import KeyedBatches
 from continuum.training.images import DataError, augmented, decoded, keyed_generator
 
+RAMP = torch.linspace(0, 65535, 64).reshape(8, 8).round().to(torch.int32).numpy()
+
 
 def ready(data: ImageData) -> Any:
     data.prepare_data()
@@ -60,22 +62,14 @@ def same(first: list[Any], second: list[Any]) -> bool:
 
 
 # What a set holds
-
-
 def test_digits_have_their_classes_shape_and_types() -> None:
     data = ready(Digits(batch_size=100))
-    assert data.classes == list("0123456789")
-    assert data.num_classes == 10
-    assert data.shape == (1, 8, 8)
-    assert len(data.train_images) == 1438
-    assert len(data.test_images) == 359
-    assert data.train_images.pixels.dtype == torch.uint8
-    assert data.train_images.pixels.max() == 255
+    assert (data.classes, data.num_classes) == (list("0123456789"), 10)
+    assert (data.shape, len(data.train_images), len(data.test_images)) == ((1, 8, 8), 1438, 359)
+    assert (data.train_images.pixels.dtype, data.train_images.pixels.max()) == (torch.uint8, 255)
     images, labels = data.on_after_batch_transfer(epoch(data, 0)[0], 0)
-    assert images.shape == (100, 1, 8, 8)
-    assert images.dtype == torch.float32
-    assert labels.shape == (100,)
-    assert labels.dtype == torch.int64
+    assert (images.shape, images.dtype) == ((100, 1, 8, 8), torch.float32)
+    assert (labels.shape, labels.dtype) == ((100,), torch.int64)
 
 
 def test_statistics_are_those_of_all_training_images() -> None:
@@ -122,8 +116,6 @@ def test_arguments_rebuild_the_data(data: ImageData) -> None:
 
 
 # Batches and their keys
-
-
 def test_an_epoch_shows_each_training_image_once() -> None:
     data = ready(Digits(batch_size=100, train_size=250))
     sampler = data.train_dataloader().sampler
@@ -204,15 +196,13 @@ def test_the_test_images_without_a_trainer() -> None:
     first, again = list(data.test_batches(130)), list(data.test_batches(130))
     assert [len(labels) for _, labels in first] == [100, 30]
     assert all(torch.equal(a, b) for x, y in zip(first, again, strict=True) for a, b in zip(x, y, strict=True))
-    chosen = rows(torch.cat([images for images, _ in first]))
+    chosen, everything = rows(torch.cat([images for images, _ in first])), torch.cat([images for images, _ in whole])
     assert len(chosen) == 130
-    assert chosen < rows(torch.cat([images for images, _ in whole]))
-    assert chosen != rows(torch.cat([images for images, _ in whole])[:130])
+    assert chosen < rows(everything)
+    assert chosen != rows(everything[:130])
 
 
 # Augmentation
-
-
 @pytest.mark.parametrize(("crop", "flip"), [(2, True), (3, False), (0, True), (0, False)])
 def test_augmentation_equals_a_loop_over_images(crop: int, flip: bool) -> None:
     """Each image is padded with black, cropped and mirrored by hand; the key's numbers are drawn in the same order."""
@@ -238,27 +228,19 @@ def test_augmentation_equals_a_loop_over_images(crop: int, flip: bool) -> None:
 def test_training_batches_are_augmented_by_their_key() -> None:
     data = ready(Digits(crop=2, flip=True, train_size=64))
     images, labels, key = epoch(data, 0)[0]
-    found, _ = data.on_after_batch_transfer((images, labels, key), 0)
-    again, _ = data.on_after_batch_transfer((images, labels, key), 0)
-    other, _ = data.on_after_batch_transfer((images, labels, key + 1), 0)
-    plain, _ = data.on_after_batch_transfer((images, labels, -1), 0)
+    keys = (key, key, key + 1, -1)
+    found, again, other, plain = (data.on_after_batch_transfer((images, labels, one), 0)[0] for one in keys)
     expected = (augmented(images, 2, True, keyed_generator(key)).float() / 255 - data.mean) / data.std
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    assert torch.equal(found, again)
-    assert not torch.equal(found, other)
-    assert not torch.equal(found, plain)
+    assert [torch.equal(found, one) for one in (again, other, plain)] == [True, False, False]
 
 
 # Folders of images
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_images_in_memory_and_from_disk_are_the_same(folder: str, workers: int) -> None:
-    held, streamed = (
-        ready(ImageFolder(folder, batch_size=4, memory_limit=limit, workers=workers, validation=0.2)) for limit in (2**31, 0)
-    )
-    assert hasattr(held.train_images, "pixels")
-    assert not hasattr(streamed.train_images, "pixels")
+    options = {"batch_size": 4, "workers": workers, "validation": 0.2}
+    held, streamed = (ready(ImageFolder(folder, memory_limit=limit, **options)) for limit in (2**31, 0))
+    assert [hasattr(data.train_images, "pixels") for data in (held, streamed)] == [True, False]
     assert held.classes == streamed.classes == ["cat", "dog"]
     assert held.shape == streamed.shape == (3, 8, 8)
     assert same(epoch(held, 2), epoch(streamed, 2))
@@ -320,10 +302,9 @@ def test_a_missing_folder_is_named_with_the_expected_layout(tmp_path: Path, miss
     root = tmp_path / "images"
     if missing == "test":
         write_images(root, {"train/a": 1})
-    with pytest.raises(FileNotFoundError) as caught:
+    with pytest.raises(FileNotFoundError, match="<root>/train/<class>/") as caught:
         ImageFolder(str(root)).prepare_data()
     assert str(root / (missing or "train")) in str(caught.value)
-    assert "<root>/train/<class>/" in str(caught.value)
 
 
 @pytest.mark.parametrize("limit", [2**31, 0])
@@ -359,9 +340,6 @@ def test_files_that_are_no_images_by_name_are_left_out_and_counted(folder: str, 
     (line,) = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
     assert "3 left out" in line
     assert "cat/notes.txt" in line
-
-
-RAMP = torch.linspace(0, 65535, 64).reshape(8, 8).round().to(torch.int32).numpy()
 
 
 @pytest.mark.parametrize("kind", ["png", "tif", "big-endian tif", "pgm", "jp2"])
@@ -400,8 +378,6 @@ def test_transparent_pixels_show_black_whatever_colour_they_hide(tmp_path: Path)
 
 
 # Downloads and arguments
-
-
 @pytest.mark.parametrize("kind", [MNIST, CIFAR10])
 def test_a_failed_download_says_where_the_data_belong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any) -> None:
     def no_network(*_: object, **__: object) -> None:
@@ -459,8 +435,6 @@ def test_bad_arguments_are_refused(make: Callable[[], object], complaint: str) -
 
 
 # Under Lightning
-
-
 class Linear(pl.LightningModule):
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -481,8 +455,7 @@ class Linear(pl.LightningModule):
 def fit(data: ImageData, features: int, callbacks: list[pl.Callback], resume: Path | None = None, **limits: Any) -> Tensor:
     """The weights after a run on the CPU."""
     module = Linear(features)
-    trainer = quiet_trainer(callbacks, **limits)
-    trainer.fit(module, data, ckpt_path=resume)
+    quiet_trainer(callbacks, **limits).fit(module, data, ckpt_path=resume)
     return module.layer.weight.detach()
 
 
@@ -511,10 +484,10 @@ def test_a_streamed_run_resumes_although_its_workers_read_ahead(folder: str, tmp
         return ImageFolder(folder, batch_size=4, memory_limit=0, workers=1, validation=0, crop=1)
 
     whole = fit(data(), 192, [], max_epochs=2)
-    steps = ModelCheckpoint(tmp_path / "steps", "{step}", save_top_k=-1, every_n_train_steps=1)
-    epochs = ModelCheckpoint(tmp_path / "epochs", "{step}", save_top_k=-1, save_on_train_epoch_end=True)
+    every = {"steps": {"every_n_train_steps": 1}, "epochs": {"save_on_train_epoch_end": True}}
+    keep = [ModelCheckpoint(tmp_path / name, "{step}", save_top_k=-1, **options) for name, options in every.items()]
     with pytest.raises(InterruptedError):
-        fit(data(), 192, [steps, epochs, StopAt(7)], max_epochs=2)
+        fit(data(), 192, [*keep, StopAt(7)], max_epochs=2)
     for name in ("steps/step=3.ckpt", "steps/step=5.ckpt", "epochs/step=5.ckpt"):
         assert torch.equal(whole, fit(data(), 192, [], resume=tmp_path / name, max_epochs=2)), name
 
@@ -528,8 +501,7 @@ def test_a_trainer_trains_on_the_batches_of_each_epoch() -> None:
             seen.append((self.current_epoch, batch[1].tolist()))
             return super().training_step(batch)
 
-    trainer = quiet_trainer(max_epochs=3)
-    trainer.fit(Watch(64), Digits(train_size=300))
+    quiet_trainer(max_epochs=3).fit(Watch(64), Digits(train_size=300))
     alone = ready(Digits(train_size=300))
     assert seen == [(number, labels.tolist()) for number in range(3) for _, labels, _ in epoch(alone, number)]
 

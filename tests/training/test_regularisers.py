@@ -1,24 +1,27 @@
 """Smoothness in depth against plain sums and quadrature, integrals along a solve, and penalties in training."""
 
+import json
 import math
-import sys
+from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
+import runs
 import torch
-from problems import FLOAT64, Function
+from problems import FLOAT64, states
 from runs import quiet_trainer
 from torch import Tensor, nn
 
 import continuum
 from continuum import Autonomous, Expansion, Flow, Momentum, Network, PiecewiseConstant
 from continuum.bases import Basis, Box, Chebyshev, Fourier, Hat, Legendre
-from continuum.fields import MLP, Scaled
+from continuum.cli import main
+from continuum.fields import MLP, Function, Scaled
 from continuum.training import Classifier, DepthSmoothness, Digits, Transport
 from continuum.training.regularisers import random_ends
 from continuum.weights import depth_smoothness
+from continuum.zoo import BUILDERS
 
 
 def linear_layers(count: int, seed: int = 0) -> list[continuum.Field]:
@@ -36,10 +39,6 @@ def plain_sum(layers: list[continuum.Field], tau: float) -> float:
     return total + tau * sum(v * v for v in theta[0])
 
 
-def batch_norm_layer() -> continuum.Field:
-    return Autonomous(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))).to(FLOAT64)
-
-
 @pytest.mark.parametrize("count", [1, 2, 5])
 @pytest.mark.parametrize("tau", [0.0, 1.0, 2.5])
 def test_smoothness_of_layers_is_the_plain_sum(count: int, tau: float) -> None:
@@ -53,7 +52,7 @@ def test_scales_k_and_statistics_are_no_part_of_theta() -> None:
     wrapped = [layers[0], Momentum(layers[1], k=0.3), Scaled(layers[2], 0.25), Momentum(Scaled(layers[3], 0.25))]
     assert depth_smoothness(PiecewiseConstant(wrapped)).item() == pytest.approx(expected, rel=1e-12)
 
-    norms = [batch_norm_layer() for _ in range(3)]
+    norms = [Autonomous(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))).to(FLOAT64) for _ in range(3)]
     expected = plain_sum(norms, 1.0)
     for layer in norms:
         layer(0.0, torch.randn(5, 3, dtype=FLOAT64))
@@ -120,26 +119,11 @@ def test_the_gradient_of_smoothness(basis: Basis | None) -> None:
     assert (ahead - behind) / (2 * step) == pytest.approx(expected, rel=1e-6)
 
 
-def test_smoothness_refuses_what_it_cannot_compare() -> None:
-    with pytest.raises(ValueError, match=r"module\.weight has shape \(3, 3\) in layer 0 and \(4, 3\) in layer 1"):
-        depth_smoothness(PiecewiseConstant([Autonomous(nn.Linear(3, 3)), Autonomous(nn.Linear(3, 4))]))
-    with pytest.raises(TypeError, match="not a function of depth"):
-        depth_smoothness(MLP(2, 4))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="tau"):
-        depth_smoothness(PiecewiseConstant(linear_layers(2)), -1.0)
-
-
 # Integrals along a solve
-
-
 def mlp_flow(solver: str, layers: int = 3) -> Flow:
     torch.manual_seed(1)
     fields = [Autonomous(nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 2))) for _ in range(layers)]
     return Flow(PiecewiseConstant(fields).to(FLOAT64), solver, layers)
-
-
-def start(rows: int = 4) -> Tensor:
-    return torch.randn(rows, 2, dtype=FLOAT64, generator=torch.Generator().manual_seed(2))
 
 
 def squared_speed(t: float | Tensor, x: Tensor, slope: Tensor) -> Tensor:
@@ -149,22 +133,22 @@ def squared_speed(t: float | Tensor, x: Tensor, slope: Tensor) -> Tensor:
 @pytest.mark.parametrize("solver", ["rk4:h=0.0625", "dopri5:rtol=1e-9,atol=1e-9", "adams_bashforth:order=4,h=0.015625"])
 def test_an_integral_is_that_of_the_states(solver: str) -> None:
     """By Simpson's rule, layer by layer, over the states of a fine solve."""
-    flow, x = mlp_flow(solver), start()
+    flow, x = mlp_flow(solver), states(4, 2)
     end, total = flow.integral(x, squared_speed)
     count = 128
-    states = mlp_flow(f"rk4:h={1 / count}").states(x)
+    path = mlp_flow(f"rk4:h={1 / count}").states(x)
     expected = torch.zeros(4, dtype=FLOAT64)
     for k in range(3):
         rule = [1, *[4, 2] * (count // 2 - 1), 4, 1]
         for i, weight in enumerate(rule):
-            slope = flow.field.layers[k](0.0, states[k * count + i])  # type: ignore[union-attr, index, operator]
+            slope = flow.field.layers[k](0.0, path[k * count + i])  # type: ignore[union-attr, index, operator]
             expected += weight / (3 * count) * slope.square().sum(1).detach()
     torch.testing.assert_close(total, expected, rtol=1e-6, atol=0)
-    torch.testing.assert_close(end, states[-1], rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(end, path[-1], rtol=1e-6, atol=1e-8)
 
 
 def test_eulers_integral_is_its_sum_and_changes_no_state() -> None:
-    flow, x = mlp_flow("euler"), start()
+    flow, x = mlp_flow("euler"), states(4, 2)
     expected, state = torch.zeros(4, dtype=FLOAT64), x
     for layer in flow.field.layers:  # type: ignore[union-attr]
         slope = layer(0.0, state)
@@ -183,33 +167,30 @@ def test_eulers_integral_is_its_sum_and_changes_no_state() -> None:
 def test_a_network_sums_the_integrals_of_its_flows() -> None:
     first, second = mlp_flow("euler", 2), mlp_flow("dopri5:rtol=1e-8,atol=1e-8", 1)
     network = Network(nn.Linear(2, 2).to(FLOAT64), [first, nn.Tanh(), second], nn.Identity())
-    x = start()
+    x = states(4, 2)
     logits, total = network.integral(x, squared_speed)
     between, one = first.integral(network.stem(x), squared_speed)
     end, other = second.integral(torch.tanh(between), squared_speed)
     torch.testing.assert_close(total, one + other)
     torch.testing.assert_close(logits, end)
-    with pytest.raises(TypeError, match="no flow"):
-        Network(nn.Identity(), [], nn.Identity()).integral(x, squared_speed)
 
 
-@pytest.mark.parametrize(
-    "network",
-    [
-        lambda: continuum.zoo.lm_resnet(14, width=4, in_channels=1),
-        lambda: continuum.zoo.revnet(26, widths=(4, 8, 8), in_channels=1),
-        lambda: continuum.zoo.stochastic_depth_resnet(14, width=4, in_channels=1),
-        lambda: continuum.zoo.odenet(width=4, in_channels=1, solver="per_image"),
-    ],
-    ids=["lm_resnet", "revnet", "stochastic_depth", "per_image"],
-)
-def test_schemes_that_need_single_states_say_so_at_once(network) -> None:
+SINGLE = {
+    "lm_resnet": {"depth": 14, "width": 4},
+    "revnet": {"depth": 26, "widths": (4, 8, 8)},
+    "stochastic_depth_resnet": {"depth": 14, "width": 4},
+    "odenet": {"width": 4, "solver": "per_image"},
+}
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_schemes_that_need_single_states_say_so_at_once(name: str) -> None:
     with pytest.raises(TypeError, match=r"cannot carry an integral beside the state\. Take a solver"):
-        Classifier(network(), transport=Transport())
+        Classifier(BUILDERS[name](**SINGLE[name], in_channels=1), transport=Transport())
 
 
 def test_a_two_step_scheme_with_a_state_before_carries_no_integral() -> None:
-    flow, x = mlp_flow("two_step_midpoint:h=0.125"), start()
+    flow, x = mlp_flow("two_step_midpoint:h=0.125"), states(4, 2)
     flow.integral(x, squared_speed)
     with pytest.raises(TypeError, match="integral before the first is unknown"):
         flow.integral(x, squared_speed, memory=x)
@@ -223,18 +204,9 @@ def test_lm_resnet_under_another_solver_has_an_integral() -> None:
     assert (total > 0).all()
 
 
-def test_an_integrand_gives_one_number_an_image() -> None:
-    with pytest.raises(ValueError, match=r"shape \(4,\), not \(4, 2\)"):
-        mlp_flow("euler").integral(start(), lambda t, x, slope: slope)
-
-
 @pytest.mark.parametrize(
     "solver",
-    [
-        "rk4:h=0.5,gradient=checkpoint,every=3",
-        "dopri5:rtol=1e-6,atol=1e-8,gradient=checkpoint",
-        "dopri5:rtol=1e-6,atol=1e-8,gradient=adjoint",
-    ],
+    ["rk4:h=0.5,gradient=checkpoint,every=3", *(f"dopri5:rtol=1e-6,atol=1e-8,gradient={g}" for g in ("checkpoint", "adjoint"))],
 )
 def test_penalties_have_the_gradient_of_every_mode(solver: str) -> None:
     """Whatever a solver evaluates again on the way back, it meets the same signs."""
@@ -242,7 +214,7 @@ def test_penalties_have_the_gradient_of_every_mode(solver: str) -> None:
     def gradients(solver: str) -> list[Tensor]:
         flow = mlp_flow(solver, 2)
         torch.manual_seed(3)
-        end, total = flow.integral(start(), Transport(1.0, 1.0).integrand())
+        end, total = flow.integral(states(4, 2), Transport(1.0, 1.0).integrand())
         torch.manual_seed(4)
         (end.sum() + total.sum()).backward()
         return [p.grad for p in flow.parameters() if p.grad is not None]
@@ -252,8 +224,6 @@ def test_penalties_have_the_gradient_of_every_mode(solver: str) -> None:
 
 
 # Penalties
-
-
 def test_the_jacobian_energy_is_the_exact_one_in_the_mean() -> None:
     """With two entries |e^T J|^2 takes two values only, one for equal signs and one for others."""
     matrix = torch.tensor([[0.3, -1.2], [0.8, 0.5]], dtype=FLOAT64)
@@ -269,7 +239,7 @@ def test_the_jacobian_energy_is_the_exact_one_in_the_mean() -> None:
     assert sum(values) / 2 == pytest.approx(2 * float(matrix.square().sum()) / 2)
 
     mlp = MLP(2, 5).to(FLOAT64)
-    x = start(1)
+    x = states(1, 2)
     torch.manual_seed(0)
     rate = Transport(0.0, 1.0).integrand()(0.0, x.requires_grad_(), mlp(0.0, x))
     jacobian = torch.autograd.functional.jacobian(lambda x: mlp(0.0, x[None])[0], x[0].detach())
@@ -278,7 +248,7 @@ def test_the_jacobian_energy_is_the_exact_one_in_the_mean() -> None:
 
 
 def test_signs_are_drawn_anew_for_every_pass_and_differ_between_images() -> None:
-    flow, x = mlp_flow("euler"), start(1).expand(16, 2)
+    flow, x = mlp_flow("euler"), states(1, 2).expand(16, 2)
     energy = Transport(0.0, 1.0)
     torch.manual_seed(0)
     one, other = (flow.integral(x, energy.integrand())[1] for _ in range(2))
@@ -286,14 +256,11 @@ def test_signs_are_drawn_anew_for_every_pass_and_differ_between_images() -> None
     assert not torch.equal(one, other)
 
 
-def fit(
-    network: Network, steps: int = 10, callbacks: list[pl.Callback] | None = None, **options: object
-) -> tuple[Classifier, pl.Trainer]:
-    pl.seed_everything(0)
-    model = Classifier(network, learning_rate=0.05, **options)  # type: ignore[arg-type]
-    trainer = quiet_trainer(callbacks, max_steps=steps, limit_val_batches=1, log_every_n_steps=1)
-    trainer.fit(model, Digits(batch_size=32, train_size=160, crop=0))
-    return model, trainer
+def fit(network: Network, callbacks: Sequence[pl.Callback] = (), **options: object) -> tuple[Classifier, pl.Trainer]:
+    """Five steps."""
+    data, limits = Digits(batch_size=32, train_size=160, crop=0), {"limit_val_batches": 1, "log_every_n_steps": 1}
+    model = runs.fit(network, data, callbacks, None, {"learning_rate": 0.05, **options}, max_steps=5, **limits)
+    return model, model.trainer
 
 
 def odenet(solver: str = "euler:h=0.5") -> Network:
@@ -308,8 +275,8 @@ def kinetic(network: Network) -> float:
 
 
 def test_transport_lowers_the_energy_and_smoothness_the_changes() -> None:
-    plain, _ = fit(odenet(), 5)
-    weighted, trainer = fit(odenet(), 5, transport=Transport(kinetic=10.0, jacobian=0.1))
+    plain, _ = fit(odenet())
+    weighted, trainer = fit(odenet(), transport=Transport(kinetic=10.0, jacobian=0.1))
     assert kinetic(weighted.network) < 0.5 * kinetic(plain.network)
     assert trainer.logged_metrics["train/transport"] > 0
     assert "train/smoothness" not in trainer.logged_metrics
@@ -321,8 +288,8 @@ def test_transport_lowers_the_energy_and_smoothness_the_changes() -> None:
     def roughness(model: Classifier) -> float:
         return sum(depth_smoothness(flow.field).item() for flow in model.network.flows)  # type: ignore[arg-type]
 
-    plain, _ = fit(layers(), 5)
-    smooth, trainer = fit(layers(), 5, smoothness=DepthSmoothness(weight=0.1))
+    plain, _ = fit(layers())
+    smooth, trainer = fit(layers(), smoothness=DepthSmoothness(weight=0.1))
     assert roughness(smooth) < 0.9 * roughness(plain)
     assert trainer.logged_metrics["train/smoothness"].item() == pytest.approx(0.1 * roughness(smooth), rel=0.2)
 
@@ -365,7 +332,7 @@ class Ends(pl.Callback):
 def test_random_ends_are_where_they_should_and_in_training_only() -> None:
     def ends(end_time: float) -> Ends:
         seen = Ends()
-        fit(odenet("bosh3:rtol=1e-1,atol=1e-1"), 5, [seen], end_time=end_time)
+        fit(odenet("bosh3:rtol=1e-1,atol=1e-1"), [seen], end_time=end_time)
         return seen
 
     seen = ends(0.5)
@@ -386,54 +353,48 @@ def test_random_ends_are_uniform_around_the_depth() -> None:
     assert {flow.depth for flow in flows} == {2.0}
 
 
-def test_ends_that_cannot_move_are_refused_at_once() -> None:
-    adaptive = "dopri5:rtol=1e-2,atol=1e-2"
-    with pytest.raises(TypeError, match="adaptive solver such as dopri5"):
-        Classifier(odenet("euler"), end_time=0.5)
-    for width in (1.0, -0.1):
-        with pytest.raises(ValueError, match="less than its depth, 1"):
-            Classifier(odenet(adaptive), end_time=width)
-    flow = Flow(MLP(2, 4), adaptive, nn.Parameter(torch.tensor(1.0)))
-    with pytest.raises(TypeError, match="learnt"):
-        Classifier(Network(nn.Identity(), [flow], nn.Identity()), end_time=0.5)
+ADAPTIVE = "dopri5:rtol=1e-2,atol=1e-2"
+LEARNT = Network(nn.Identity(), [Flow(MLP(2, 4), ADAPTIVE, nn.Parameter(torch.tensor(1.0)))], nn.Identity())
+OTHER_LAYERS = PiecewiseConstant([Autonomous(nn.Linear(3, 3)), Autonomous(nn.Linear(3, 4))])
+MIXED = PiecewiseConstant([Autonomous(nn.Linear(2, 2)), MLP(2, 4)])
 
 
-def test_smoothness_of_weights_that_do_not_vary_is_refused_at_once() -> None:
-    with pytest.raises(TypeError, match="no flow of this network has PiecewiseConstant"):
-        Classifier(odenet(), smoothness=DepthSmoothness())
-    layers = PiecewiseConstant([Autonomous(nn.Linear(2, 2)), MLP(2, 4)])
-    network = Network(nn.Identity(), [Flow(layers, "euler", 2)], nn.Identity())
-    with pytest.raises(ValueError, match="one kind"):
-        Classifier(network, smoothness=DepthSmoothness())
+def smoothed(network: Network) -> Classifier:
+    return Classifier(network, smoothness=DepthSmoothness())
 
 
-@pytest.mark.parametrize("make", [lambda: DepthSmoothness(-1), lambda: Transport(0, 0), lambda: Transport(1, -1)])
-def test_bad_weights_are_refused(make) -> None:
-    with pytest.raises(ValueError, match="not negative"):
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: DepthSmoothness(-1), ValueError, "not negative"),
+        (lambda: Transport(0, 0), ValueError, "not negative"),
+        (lambda: Transport(1, -1), ValueError, "not negative"),
+        (lambda: depth_smoothness(OTHER_LAYERS), ValueError, r"weight has shape \(3, 3\) in layer 0 and \(4, 3\) in layer 1"),
+        (lambda: depth_smoothness(MLP(2, 4)), TypeError, "not a function of depth"),
+        (lambda: depth_smoothness(PiecewiseConstant(linear_layers(2)), -1.0), ValueError, "tau"),
+        (lambda: smoothed(odenet()), TypeError, "no flow of this network has PiecewiseConstant"),
+        (lambda: smoothed(Network(nn.Identity(), [Flow(MIXED, "euler", 2)], nn.Identity())), ValueError, "one kind"),
+        (lambda: mlp_flow("euler").integral(states(4, 2), lambda t, x, slope: slope), ValueError, r"\(4,\), not \(4, 2\)"),
+        (lambda: Network(nn.Identity(), [], nn.Identity()).integral(states(4, 2), squared_speed), TypeError, "no flow"),
+        (lambda: Classifier(odenet("euler"), end_time=0.5), TypeError, "adaptive solver such as dopri5"),
+        (lambda: Classifier(odenet(ADAPTIVE), end_time=1.0), ValueError, "less than its depth, 1"),
+        (lambda: Classifier(odenet(ADAPTIVE), end_time=-0.1), ValueError, "less than its depth, 1"),
+        (lambda: Classifier(LEARNT, end_time=0.5), TypeError, "learnt"),
+    ],
+)
+def test_penalties_and_ends_that_have_no_meaning_are_refused_at_once(make, error, message):
+    with pytest.raises(error, match=message):
         make()
 
 
-def test_the_command_line_takes_them_and_a_run_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from continuum.cli import main
-
-    monkeypatch.setattr(sys, "argv", ["continuum"])
-    monkeypatch.chdir(tmp_path)
-    arguments = [
-        "fit",
-        '--model.network={"class_path": "continuum.zoo.preresnet", "init_args": {"depth": 14, "width": 4, "in_channels": 1, '
-        '"solver": "bosh3:rtol=1,atol=1"}}',
-        "--model.smoothness=continuum.training.DepthSmoothness",
-        "--model.smoothness.weight=0.001",
-        "--model.transport.class_path=continuum.training.Transport",
-        "--model.transport.init_args.kinetic=0.1",
-        "--model.end_time=0.25",
-        "--model.schedule=null",
-        "--data=continuum.training.Digits",
-        "--data.train_size=32",
-        "--trainer.accelerator=cpu",
-        "--trainer.logger=false",
-    ]
-    main([*arguments, "--trainer.max_epochs=1"])
-    checkpoint = tmp_path / "checkpoints" / "last.ckpt"
-    assert continuum.load(checkpoint).flows
-    main([*arguments, "--trainer.max_epochs=2", f"--ckpt_path={checkpoint}"])
+@pytest.mark.usefixtures("command_line")
+def test_the_command_line_takes_them_and_a_run_resumes() -> None:
+    arguments = {"depth": 14, "width": 4, "in_channels": 1, "solver": "bosh3:rtol=1,atol=1"}
+    network = json.dumps({"class_path": "continuum.zoo.preresnet", "init_args": arguments})
+    penalties = ["--model.smoothness=continuum.training.DepthSmoothness", "--model.smoothness.weight=0.001"]
+    penalties += ["--model.transport.class_path=continuum.training.Transport", "--model.transport.init_args.kinetic=0.1"]
+    run = ["fit", f"--model.network={network}", *penalties, "--model.end_time=0.25", "--model.schedule=null"]
+    run += ["--data=continuum.training.Digits", "--data.train_size=32", "--trainer.accelerator=cpu", "--trainer.logger=false"]
+    main([*run, "--trainer.max_epochs=1"])
+    assert continuum.load("checkpoints/last.ckpt").flows
+    main([*run, "--trainer.max_epochs=2", "--ckpt_path=checkpoints/last.ckpt"])

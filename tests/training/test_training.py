@@ -2,20 +2,19 @@
 
 import csv
 import itertools
-import os
 import socket
-import subprocess
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
+import runs
 import torch
 from PIL import Image
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.strategies import DDPStrategy
-from runs import StopAt, quiet_trainer
+from runs import StopAt, in_two_processes, quiet_trainer, same_state
 
 import continuum
 from continuum.models.checkpoint import KEY, description
@@ -24,41 +23,23 @@ from continuum.training import Classifier, Digits, ImageFolder, LogCost, OneCycl
 from continuum.training.images import DataError
 
 
-def small_network(solver: str = "euler") -> continuum.Network:
-    return continuum.zoo.preresnet(14, width=4, in_channels=1, solver=solver)
+def small_network(**options: Any) -> continuum.Network:
+    return continuum.zoo.preresnet(14, width=4, in_channels=1, **options)
 
 
 def fit(
     folder: Path,
     epochs: int = 3,
     resume: Path | None = None,
-    checkpoints: ModelCheckpoint | None = None,
     schedule: Schedule | None = None,
-    stop_after: int = -1,
     network: continuum.Network | None = None,
-) -> Classifier:
-    """A run of five batches an epoch; `stop_after` steps it is cut short, as if it had been killed."""
-    pl.seed_everything(0)
-    model = Classifier(network or small_network(), schedule=schedule or OneCycle())
-    data = Digits(batch_size=40, train_size=200, crop=1, seed=0)
-    callbacks: list[pl.Callback] = [checkpoints] if checkpoints else []
-    if stop_after > 0:
-        callbacks.append(StopAt(stop_after))
-    trainer = quiet_trainer(callbacks, max_epochs=epochs, default_root_dir=folder)
-    try:
-        trainer.fit(model, data, ckpt_path=resume)
-    except InterruptedError:
-        assert stop_after > 0
-    return model
-
-
-def same_state(a: torch.nn.Module, b: torch.nn.Module) -> bool:
-    first, second = a.state_dict(), b.state_dict()
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
-
-def test_two_runs_with_one_seed_are_equal(tmp_path: Path) -> None:
-    assert same_state(fit(tmp_path / "a", epochs=1).network, fit(tmp_path / "b", epochs=1).network)
+    callbacks: Sequence[pl.Callback] = (),
+) -> continuum.Network:
+    """What a run of five batches an epoch makes of a network."""
+    torch.manual_seed(0)
+    network, data = network or small_network(), Digits(batch_size=40, train_size=200, crop=1, seed=0)
+    options = {"schedule": schedule or OneCycle()}
+    return runs.fit(network, data, callbacks, resume, options, max_epochs=epochs, default_root_dir=folder).network
 
 
 @pytest.mark.parametrize("schedule", [OneCycle(), Steps([1, 2])])
@@ -67,22 +48,14 @@ def test_resuming_at_an_epoch_boundary_is_the_uninterrupted_run(tmp_path: Path, 
     """Whether the checkpoint was written at the end of the epoch or of its validation."""
     whole = fit(tmp_path / "whole", schedule=schedule)
     keep = ModelCheckpoint(tmp_path / "kept", "{epoch}", save_top_k=-1, save_on_train_epoch_end=at_epoch_end)
-    fit(tmp_path / "cut", checkpoints=keep, schedule=schedule, stop_after=10)
+    fit(tmp_path / "cut", schedule=schedule, callbacks=[keep, StopAt(10)])
     for epoch in (0, 1):
         resumed = fit(tmp_path / "resumed", resume=tmp_path / "kept" / f"epoch={epoch}.ckpt", schedule=schedule)
-        assert same_state(whole.network, resumed.network), f"after epoch {epoch}"
+        assert same_state(whole, resumed), f"after epoch {epoch}"
 
 
-def test_resuming_within_an_epoch_replays_the_rest_of_it(tmp_path: Path) -> None:
-    whole = fit(tmp_path / "whole")
-    keep = ModelCheckpoint(tmp_path / "kept", "{step}", save_top_k=-1, every_n_train_steps=1)
-    fit(tmp_path / "cut", checkpoints=keep, stop_after=12)
-    for step in (2, 4, 5, 6, 9, 11):
-        resumed = fit(tmp_path / "resumed", resume=tmp_path / "kept" / f"step={step}.ckpt")
-        assert same_state(whole.network, resumed.network), f"after step {step}"
-
-
-STOCHASTIC = {
+NETWORKS = {
+    "preresnet": lambda: small_network(),
     "stochastic depth": lambda: continuum.zoo.stochastic_depth_resnet(14, width=8, in_channels=1),
     "its SDE": lambda: continuum.zoo.stochastic_depth_resnet(14, width=8, in_channels=1, solver="brownian:h=0.5"),
     "dropout": lambda: continuum.zoo.dropout_resnet(14, width=8, in_channels=1, rate=0.2),
@@ -90,21 +63,19 @@ STOCHASTIC = {
 }
 
 
-@pytest.mark.parametrize("name", STOCHASTIC)
-def test_a_resumed_run_goes_on_along_the_same_path_of_the_noise(tmp_path: Path, name: str) -> None:
-    def build() -> continuum.Network:
+@pytest.mark.parametrize("name", NETWORKS)
+def test_resuming_within_an_epoch_replays_the_rest_of_it_with_its_noise(tmp_path: Path, name: str) -> None:
+    def run(part: str, resume: Path | None = None, *callbacks: pl.Callback) -> continuum.Network:
         torch.manual_seed(0)
-        return STOCHASTIC[name]()
-
-    whole = fit(tmp_path / "whole", epochs=2, network=build())
-    again = fit(tmp_path / "again", epochs=2, network=build())
-    assert same_state(whole.network, again.network), "one seed, one path"
-    keep = ModelCheckpoint(tmp_path / "kept", "{step}", save_top_k=-1, every_n_train_steps=1)
-    fit(tmp_path / "cut", epochs=2, checkpoints=keep, stop_after=8, network=build())
-    for step in (3, 5, 7):
+        network = NETWORKS[name]()
         torch.manual_seed(1234)  # the noise goes on from the checkpoint, not from whatever was drawn before
-        resumed = fit(tmp_path / "resumed", epochs=2, resume=tmp_path / "kept" / f"step={step}.ckpt", network=build())
-        assert same_state(whole.network, resumed.network), f"after step {step}"
+        return fit(tmp_path / part, resume=resume, network=network, callbacks=callbacks)
+
+    whole = run("whole")
+    assert same_state(whole, run("again")), "one seed, one path"
+    run("cut", None, ModelCheckpoint(tmp_path / "kept", "{step}", save_top_k=-1, every_n_train_steps=1), StopAt(12))
+    for step in (2, 4, 5, 6, 9, 11):
+        assert same_state(whole, run("resumed", tmp_path / "kept" / f"step={step}.ckpt")), f"after step {step}"
 
 
 @pytest.mark.parametrize("solver", ["euler_maruyama", "brownian:h=0.5"])
@@ -113,13 +84,7 @@ def test_two_ranks_draw_different_noise_and_learn_the_same_weights(tmp_path: Pat
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    worker = Path(__file__).parent / "noise_worker.py"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen([sys.executable, str(worker), str(rank), str(tmp_path), solver, port], env=environment)
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=240) for process in processes] == [0, 0]
+    assert in_two_processes(Path(__file__).parent / "noise_worker.py", tmp_path, solver, port) == [0, 0]
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert len(first["drawn"]) == 4
     assert all(one != other for one, other in zip(first["drawn"], second["drawn"], strict=True))
@@ -173,7 +138,7 @@ class Poisoned(pl.Callback):
 def test_a_loss_that_is_not_finite_stops_before_anything_changes(tmp_path: Path, solver: str) -> None:
     """Weights and BatchNorm buffers are those of the last good step, and the last good checkpoint loads."""
     pl.seed_everything(0)
-    model = Classifier(small_network(solver))
+    model = Classifier(small_network(solver=solver))
     poison = Poisoned(step=2)
     keep = ModelCheckpoint(tmp_path, "good", every_n_train_steps=1, enable_version_counter=False)
     trainer = quiet_trainer([poison, keep], max_epochs=1)
@@ -219,23 +184,13 @@ def test_weight_decay_spares_k() -> None:
 
 
 def test_costs_are_logged(tmp_path: Path) -> None:
-    model = Classifier(small_network("rk4:h=0.5"))
+    model = Classifier(small_network(solver="rk4:h=0.5"))
     trainer = quiet_trainer([LogCost()], max_epochs=1, default_root_dir=tmp_path)
     trainer.fit(model, Digits(batch_size=32, train_size=64))
     logged = {name: float(value) for name, value in trainer.logged_metrics.items()}
     assert [logged[f"flow{i}/evaluations"] for i in range(3)] == [16, 8, 8]
     assert [logged[f"flow{i}/accepted"] for i in range(3)] == [4, 2, 2]
     assert logged["evaluations"] == 32
-
-
-def test_predictions_are_written(tmp_path: Path) -> None:
-    trainer = quiet_trainer([WritePredictions(str(tmp_path))])
-    trainer.predict(Classifier(small_network()), Digits())
-    lines = (tmp_path / "predictions.csv").read_text().splitlines()
-    assert lines[0].startswith("image,label,class,p(0),p(1)")
-    assert len(lines) == 1 + 359
-    probabilities = [float(p) for p in lines[1].split(",")[3:]]
-    assert abs(sum(probabilities) - 1) < 1e-5
 
 
 def test_a_row_of_the_predictions_says_which_image_it_is(tmp_path: Path) -> None:
@@ -245,16 +200,16 @@ def test_a_row_of_the_predictions_says_which_image_it_is(tmp_path: Path) -> None
         for number in range(3):
             Image.new("RGB", (8, 8), (90 * number, 0, 200 * (name == "owl"))).save(tmp_path / part / name / f"{number}.png")
     data = ImageFolder(str(tmp_path), validation=0, batch_size=4)
+    torch.manual_seed(0)
     module = Classifier(continuum.zoo.preresnet(14, width=4, num_classes=2))
     trainer = quiet_trainer([WritePredictions()], max_steps=1, default_root_dir=tmp_path)
     trainer.fit(module, data)
     trainer.save_checkpoint(tmp_path / "kept" / "net.ckpt")
     trainer.predict(module, data, ckpt_path=tmp_path / "kept" / "net.ckpt")
-    with open(tmp_path / "kept" / "predictions.csv") as file:
-        rows = list(csv.DictReader(file))
+    rows = list(csv.DictReader((tmp_path / "kept" / "predictions.csv").read_text().splitlines()))
     assert [row["file"] for row in rows] == [f"test/{name}/{number}.png" for name in ("emu", "owl") for number in range(3)]
     assert [row["label"] for row in rows] == ["emu"] * 3 + ["owl"] * 3
-    logits = torch.cat([module.network(images) for images, _ in data.test_batches()])
+    logits = torch.cat([module.network.eval()(images) for images, _ in data.test_batches()])
     assert [row["class"] for row in rows] == [("emu", "owl")[k] for k in logits.argmax(1)]
 
 
@@ -262,16 +217,16 @@ def test_ranks_write_one_file_of_all_images_in_their_order(tmp_path: Path) -> No
     def rows(devices: int) -> list[dict[str, str]]:
         torch.manual_seed(0)
         folder = tmp_path / str(devices)
-        trainer = quiet_trainer(
-            [WritePredictions(str(folder))], devices=devices, strategy="ddp_spawn" if devices > 1 else "auto"
-        )
+        strategy = "ddp_spawn" if devices > 1 else "auto"
+        trainer = quiet_trainer([WritePredictions(str(folder))], devices=devices, strategy=strategy)
         trainer.predict(Classifier(small_network()), Digits(batch_size=64), return_predictions=False)
         (path,) = folder.iterdir()
-        with open(path) as file:
-            return list(csv.DictReader(file))
+        return list(csv.DictReader(path.read_text().splitlines()))
 
     one, two = rows(1), rows(2)
     assert [row["image"] for row in two] == [str(number) for number in range(359)]
+    assert list(two[0])[:5] == ["image", "label", "class", "p(0)", "p(1)"]
+    assert abs(sum(float(two[0][f"p({c})"]) for c in range(10)) - 1) < 1e-5
     for a, b in zip(one, two, strict=True):
         assert a["label"] == b["label"]
         assert float(a["p(3)"]) == pytest.approx(float(b["p(3)"]), abs=1e-4)
@@ -346,11 +301,8 @@ def test_a_run_without_an_end_is_refused_where_its_schedule_needs_one(schedule: 
     ("network", "words"),
     [
         (lambda: continuum.zoo.preresnet(14, width=4), ["Digits have 1 channel and", "takes 3", "in_channels=1"]),
-        (
-            lambda: continuum.zoo.preresnet(14, width=4, in_channels=1, num_classes=7),
-            ["10 classes", "7 outputs", "num_classes=10"],
-        ),
-        (lambda: continuum.zoo.preresnet(14, width=4, in_channels=1, num_classes=12), ["10 classes", "12 outputs"]),
+        (lambda: small_network(num_classes=7), ["10 classes", "7 outputs", "num_classes=10"]),
+        (lambda: small_network(num_classes=12), ["10 classes", "12 outputs"]),
         (lambda: continuum.zoo.mlp(features=9), ["cannot take", "1 channel of 8 x 8 pixels"]),
         (lambda: continuum.zoo.odenet(width=16), ["8 x 8 pixels", "10 x 10"]),
         (lambda: continuum.zoo.neural_sde(width=16, in_channels=1), ["8 x 8 pixels", "10 x 10"]),

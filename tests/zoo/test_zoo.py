@@ -3,6 +3,7 @@
 import copy
 import inspect
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -28,8 +29,7 @@ def undropped(network):
     return network
 
 
-def test_every_builder_is_here():
-    assert {name.split()[0] for name in SMALL} == set(BUILDERS)
+def test_every_builder_has_its_name():
     assert all(getattr(continuum.zoo, name) is builder for name, builder in BUILDERS.items())
 
 
@@ -56,17 +56,10 @@ def test_every_network_runs_under_other_solvers(name, solver):
     assert (smaller != network(x)).any(), "the solver makes a difference"
 
 
-def test_a_network_without_flows_says_why_it_has_no_solver():
-    network, x = build("fractalnet")
-    with pytest.raises(TypeError, match="no flow"):
-        network.with_solver("rk4")
-    assert network(x).shape == (4, 10)
-
-
 @pytest.mark.parametrize("name", SMALL)
 def test_a_training_step_moves_every_weight(name):
     network, x = build(name)
-    if name == "fractalnet":  # a single column in half of the batches: all paths here
+    if name.startswith("fractalnet"):  # a single column in half of the batches: all paths here
         network.stages[0].drop_path = 0.0
     before = copy.deepcopy(network.state_dict())
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
@@ -75,7 +68,7 @@ def test_a_training_step_moves_every_weight(name):
     optimizer.step()
     still = [n for n, p in network.named_parameters() if torch.equal(p, before[n])]
     # FractalNet's convolutions have a bias, which the BatchNorm behind them takes away again.
-    assert not [n for n in still if not (name == "fractalnet" and n.endswith("conv.bias"))]
+    assert not [n for n in still if not (name.startswith("fractalnet") and n.endswith("conv.bias"))]
     assert all(value.isfinite().all() for value in network.state_dict().values())
 
 
@@ -126,22 +119,6 @@ def test_refinement_keeps_the_network_trainable(name):
     assert all(p.grad is not None for p in finer.parameters() if p.requires_grad)
 
 
-def test_refined_momentum_converges_to_the_limit_equation():
-    """The state before a flow lies one of the original layers back: refined layers start from the same velocity."""
-    torch.manual_seed(0)
-    network = continuum.zoo.lm_resnet(14, width=4).double()
-    for flow in network.flows:
-        for name, parameter in flow.named_parameters():
-            if "conv2" in name:
-                parameter.data.mul_(0.2)
-    x = torch.randn(2, 3, 8, 8, dtype=FLOAT64)
-    with torch.no_grad():
-        limit = network.eval().with_solver("dopri5:rtol=1e-10,atol=1e-10")(x)
-        errors = [float((network.refine(k)(x) - limit).abs().max()) for k in (16, 32, 64)]
-    assert errors[0] / errors[1] == pytest.approx(2, abs=0.3)
-    assert errors[1] / errors[2] == pytest.approx(2, abs=0.3)
-
-
 def test_a_replay_of_a_refined_flow_goes_the_same_way():
     """What looks for the step at which a state stops being finite must not take other steps."""
     flow = continuum.zoo.lm_resnet(14, width=4).refine(2).eval().flows[1]
@@ -151,23 +128,11 @@ def test_a_replay_of_a_refined_flow_goes_the_same_way():
 
 
 # What networks are made of
-
-
 def test_post_activation_is_the_block_bit_for_bit():
     torch.manual_seed(0)
     for dtype in (torch.float32, FLOAT64, torch.bfloat16):
-        x, f = torch.randn(100_000, dtype=dtype).relu() * 10, torch.randn(100_000, dtype=dtype) * 10
-        field = PostActivation(Constant(f))
-        assert torch.equal(x + field(0.0, x), torch.relu(x + f))
-
-
-class Constant(nn.Module):
-    def __init__(self, value):
-        super().__init__()
-        self.value = value
-
-    def forward(self, x):
-        return self.value
+        x, branch = torch.randn(100, 1000, dtype=dtype).relu() * 10, nn.Linear(1000, 1000, dtype=dtype)
+        assert torch.equal(x + PostActivation(branch)(0.0, x), torch.relu(x + branch(x)))
 
 
 def test_squeeze_and_excitation_weights_the_channels_of_any_branch():
@@ -188,10 +153,8 @@ def test_antisymmetric_fields_do_no_work():
     x = torch.randn(2, 3, 6, 6, dtype=FLOAT64)
     weight = field.weight - field.weight.transpose(0, 1).flip(2, 3)
     torch.testing.assert_close((x * F.conv2d(x, weight, padding=1)).sum(), torch.zeros((), dtype=FLOAT64), atol=1e-10, rtol=0)
-    expected = torch.relu(
-        F.conv2d(x, field.weight, field.bias, padding=1) - F.conv_transpose2d(x, field.weight, padding=1) - 0.5 * x
-    )
-    torch.testing.assert_close(field(x), expected)
+    skew = F.conv2d(x, field.weight, field.bias, padding=1) - F.conv_transpose2d(x, field.weight, padding=1)
+    torch.testing.assert_close(field(x), torch.relu(skew - 0.5 * x))
 
 
 def test_a_double_layer_is_a_gradient():
@@ -208,10 +171,8 @@ def test_a_double_layer_is_a_gradient():
 @pytest.mark.parametrize("h", [0.1, 1.0])
 def test_verlet_keeps_the_energy_of_a_hamiltonian_field(h):
     """No drift: the energy of a linear Hamiltonian swings within bounds over a thousand steps, where Euler's grows."""
-    field = continuum.Coupled(
-        continuum.Autonomous(nn.Identity()), continuum.fields.Scaled(continuum.Autonomous(nn.Identity()), -1.0)
-    )
-    x = torch.tensor([[1.0, 0.0]], dtype=FLOAT64)
+    identity = continuum.Autonomous(nn.Identity())
+    field, x = continuum.Coupled(identity, identity.scaled(-1.0)), torch.tensor([[1.0, 0.0]], dtype=FLOAT64)
     depth = 1000 * h
     end = continuum.Flow(field, f"verlet:h={h}", depth)(x)
     assert 0.5 < float(end.square().sum()) < 2
@@ -221,8 +182,8 @@ def test_verlet_keeps_the_energy_of_a_hamiltonian_field(h):
 def test_momentum_and_leapfrog_networks_in_the_form_of_their_papers():
     """v+ = gamma v + (1 - gamma) f(x), x+ = x + v+ from rest; Y+ = 2 Y - Y_before - h^2 K^T relu(K Y + b) from zero."""
     network, x = build("momentum_resnet")
-    network = network.double().eval()
-    y = network.stem(x.double())
+    x, network = x.double(), network.double().eval()
+    y = network.stem(x)
     for stage in network.stages:
         if isinstance(stage, continuum.Flow):
             v = torch.zeros_like(y)
@@ -231,11 +192,10 @@ def test_momentum_and_leapfrog_networks_in_the_form_of_their_papers():
                 y = y + v
         elif not isinstance(stage, continuum.models.parts.AtRest):
             y, _ = stage(y)
-    torch.testing.assert_close(network(x.double()), network.head(y), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(network(x), network.head(y), rtol=1e-12, atol=1e-12)
 
-    network, x = build("leapfrog")
-    network = network.double().eval()
-    y = network.stem(x.double())
+    network = build("leapfrog")[0].double().eval()
+    y = network.stem(x)
     for stage in network.stages:
         if isinstance(stage, continuum.Flow):
             before = torch.zeros_like(y)
@@ -243,23 +203,20 @@ def test_momentum_and_leapfrog_networks_in_the_form_of_their_papers():
                 y, before = 2 * y - before - 0.1**2 * layer.second.field.module(y), y
         elif isinstance(stage, continuum.models.parts.PoolPad):
             y = stage(y)
-    torch.testing.assert_close(network(x.double()), network.head(y), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(network(x), network.head(y), rtol=1e-10, atol=1e-10)
 
 
 # Bad input
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: continuum.zoo.resnet(21), r"6 n \+ 2.*not 21"),
+        *((partial(continuum.zoo.resnet, depth), rf"6 n \+ 2.*not {depth}") for depth in (2, 8, 18, 21)),
+        *((partial(continuum.zoo.preresnet, depth), rf"6 n \+ 2.*not {depth}") for depth in (2, 8, 18, 21)),
+        *((partial(continuum.zoo.lm_resnet, depth), rf"6 n \+ 2.*not {depth}") for depth in (2, 8, 18, 21)),
         (lambda: continuum.zoo.resnet(20, shortcut="C"), "'A' .* or 'B' .*not 'C'"),
         (lambda: continuum.zoo.resnext(30), r"9 n \+ 2.*not 30"),
         (lambda: continuum.zoo.resnext(29, cardinality=2, group_width=4, width=8), "group_width=4 .* width of 8"),
-        (
-            lambda: continuum.zoo.lm_resnext(29, cardinality=2, group_width=4, width=8),
-            "group_width=4 .* width of 8",
-        ),
+        (lambda: continuum.zoo.lm_resnext(29, cardinality=2, group_width=4, width=8), "group_width=4 .* width of 8"),
         (lambda: continuum.zoo.resnext(29, cardinality=0), "cardinality.* not 0"),
         (lambda: continuum.zoo.se_resnet(20, width=8), "reduction .*8 channels.*got 16"),
         (lambda: continuum.zoo.imagenet_resnet(20), "18, 34, 50, 101, 152.*not 20"),
@@ -296,23 +253,6 @@ def test_momentum_and_leapfrog_networks_in_the_form_of_their_papers():
 def test_arguments_that_no_network_has(make, message):
     with pytest.raises(ValueError, match=message):
         make()
-
-
-def test_dropout_under_an_adaptive_solver():
-    """In training its noise would pass for an error of the step; in evaluation there is none."""
-    network = continuum.zoo.wide_resnet(16, 1, dropout=0.3).eval().with_solver("dopri5:rtol=1e-1,atol=1e-1")
-    x = torch.randn(2, 3, 8, 8)
-    assert network(x).isfinite().all()
-    with pytest.raises(TypeError, match=r"draws random numbers .*eval\(\) mode"):
-        network.train()(x)
-
-
-def test_shake_shake_with_brownian_increments():
-    """They are paths of an equation, whose gradients are those of what was computed."""
-    solver, x = "euler_maruyama:increments=brownian", torch.randn(2, 3, 8, 8)
-    with pytest.raises(TypeError, match="no gradient of any path"):
-        continuum.zoo.shake_shake(14, 4, solver=solver)(x)
-    assert continuum.zoo.shake_shake(14, 4, backward_mode="keep", solver=solver)(x).isfinite().all()
 
 
 def test_drop_path_draws_a_column_or_thins_out_joins():
