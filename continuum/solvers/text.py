@@ -77,7 +77,8 @@ def _option(text: str, part: str) -> tuple[str, str]:
 def _values(text: str, options: dict[str, str], valid: dict[str, Callable[[str], Any]]) -> dict[str, Any]:
     unknown = options.keys() - valid.keys()
     if unknown:
-        raise ValueError(f"unknown option {', '.join(sorted(unknown))} in {text!r}; valid: {', '.join(valid)}")
+        said = ", ".join(repr(key)[1:-1] for key in sorted(unknown))
+        raise ValueError(f"unknown option {said} in {text!r}; valid: {', '.join(valid)}")
     try:
         return {key: valid[key](value) for key, value in options.items()}
     except ValueError as error:
