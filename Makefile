@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test clean
+.PHONY: demo test test-lowest clean
 
 # One thread: for states as small as these, two spend their time on waiting for each other.
 demo: .venv/installed
@@ -28,5 +28,17 @@ test: .venv/installed-dev
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
 
+# The oldest versions that pyproject.toml allows, in an environment of their own; not a part of every test.
+LOWEST := torch==2.11.0 torchvision==0.26.0 torchdiffeq==0.2.5 torchsde==0.2.6 pytorch-lightning==2.6.0 \
+	jsonargparse==4.48.0 rich==12.3.0 torchmetrics==1.7.0
+
+test-lowest: .venv-lowest/installed
+	OMP_NUM_THREADS=1 .venv-lowest/bin/pytest --numprocesses 2 --dist loadfile tests/cli tests/training tests/models tests/solvers
+
+.venv-lowest/installed: pyproject.toml Makefile
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/pip install --quiet --editable '.[dev]' $(LOWEST)
+	touch $@
+
 clean:
-	rm -rf .venv demo
+	rm -rf .venv .venv-lowest demo
