@@ -54,8 +54,8 @@ class Classifier(pl.LightningModule):
     The penalties and random ends are of training alone. train/loss is the cross-entropy without penalties.
 
     Raises:
-        ValueError: a negative number of samples; an `end_time` that is negative or not less than a flow's depth; layers of
-            several kinds under `smoothness`.
+        ValueError: a learning rate that is not positive and finite; a negative number of samples; an `end_time` that is
+            negative or not less than a flow's depth; layers of several kinds under `smoothness`.
         TypeError: `smoothness` without weights that vary with depth, `transport` of flows whose scheme or noise does not
             allow an integral, `end_time` under fixed steps, noise or a learnt depth.
         SolveError: a solve failed, or the loss is not finite; before any weight has changed, and with BatchNorm's buffers as
@@ -77,6 +77,8 @@ class Classifier(pl.LightningModule):
         end_time: float = 0.0,
     ) -> None:
         super().__init__()
+        if not 0 < learning_rate < float("inf"):
+            raise ValueError(f"learning_rate is a positive number, not {learning_rate}")
         if samples < 0:
             raise ValueError(f"samples is how often a stochastic network predicts each image, not {samples}")
         self.network = network

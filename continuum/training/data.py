@@ -111,6 +111,8 @@ class ImageData(pl.LightningDataModule, ABC):
         if faults:
             raise DataError("; ".join(dict.fromkeys(faults)))
         self.test_images, train = found
+        for part in found:
+            self._check_labels(part.labels)
         if isinstance(train, InMemory) and self.normalisation == "training":
             self.mean, self.std = train.statistics()
         else:
@@ -127,6 +129,16 @@ class ImageData(pl.LightningDataModule, ABC):
             raise ValueError(f"validation={self.validation} leaves none of {len(train)} images to train on: make it smaller")
         self.val_indices, self.train_indices = order[:held_out], order[held_out:][: self.train_size]
         self.train_images = train
+
+    def _check_labels(self, labels: Tensor) -> None:
+        """Raise DataError for labels that are no numbers of classes."""
+        if labels.is_floating_point() or labels.dtype == torch.bool:
+            raise DataError(f"labels are the numbers of classes, integers from 0 on; these are {labels.dtype}")
+        if labels.numel() and not (labels.min() >= 0 and labels.max() < self.num_classes):
+            raise DataError(
+                f"labels are the numbers of classes, from 0 to {self.num_classes - 1}; these go from {int(labels.min())} to "
+                f"{int(labels.max())}"
+            )
 
     def _loader(self, images: LabelledImages | None, indices: Tensor, shuffle: bool) -> Loader:
         assert images is not None, "setup comes first"

@@ -335,3 +335,17 @@ def test_a_network_without_a_flow_is_tested_and_not_compared(refused) -> None:
     run(*SHORT)
     run("test", "--ckpt_path", "checkpoints/last.ckpt", *QUIET)
     assert "noise" in refused("predict", "--ckpt_path", "checkpoints/last.ckpt", *QUIET, "--samples", "2")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--model.learning_rate", "nan"), "learning_rate"),
+        (("--model.learning_rate", "-1"), "learning_rate"),
+        (("--seed_everything", "-1"), "seed"),
+        (("--data.init_args.seed", "-5"), "seed"),
+        (("--model.network.init_args.width", str(-(2**63))), ""),
+    ],
+)
+def test_numbers_of_no_sense_are_refused_before_training(refused, options: tuple[str, str], message: str) -> None:
+    assert message in refused("fit", *QUIET, *options)

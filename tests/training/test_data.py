@@ -15,7 +15,7 @@ from torchvision import datasets
 
 from continuum.training import CIFAR10, MNIST, Digits, ImageData, ImageFolder
 from continuum.training.batches import KeyedBatches
-from continuum.training.images import DataError, augmented, decoded, keyed_generator
+from continuum.training.images import DataError, InMemory, augmented, decoded, keyed_generator
 
 RAMP = torch.linspace(0, 65535, 64).reshape(8, 8).round().to(torch.int32).numpy()
 
@@ -524,3 +524,29 @@ def test_images_have_the_type_of_the_weights(precision: Any) -> None:
 def test_overfit_batches_is_refused() -> None:
     with pytest.raises(ValueError, match="train_size"):
         fit(Digits(), 64, [], max_epochs=1, overfit_batches=2)
+
+
+class Labelled(ImageData):
+    """Four grey images with the labels that it is given, of two classes."""
+
+    def __init__(self, labels: torch.Tensor) -> None:
+        super().__init__(validation=0.0)
+        self.given = labels
+
+    def load(self, train: bool) -> InMemory:
+        self.classes = ["no", "yes"]
+        return InMemory(torch.zeros(4, 1, 2, 2, dtype=torch.uint8), self.given)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.tensor([0, 1, 2, 0]), "from 0 to 1; these go from 0 to 2"),
+        (torch.tensor([0, 1, -1, 0]), "these go from -1 to 1"),
+        (torch.tensor([0.0, 1.0, 0.0, 1.0]), "integers from 0 on; these are torch.float32"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused(labels: torch.Tensor, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        Labelled(labels).setup()
+    Labelled(torch.tensor([0, 1, 1, 0])).setup()
