@@ -29,9 +29,14 @@ def mlp():
     return small_mlp(4, 5)
 
 
+def numbers(flow, x, seed):
+    """The end and all gradients, of zero where a branch is dropped."""
+    found = solved(flow, x, seed=seed)
+    return [found["end"], found["start"], *(torch.zeros_like(p) if p.grad is None else p.grad for p in flow.parameters())]
+
+
 def assert_same(compiled, flow, x=POINTS, seed=3):
-    found, expected = (list(solved(other, x, seed=seed).values()) for other in (compiled, flow))
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(numbers(compiled, x, seed), numbers(flow, x, seed), rtol=1e-12, atol=1e-12)
 
 
 # One graph

@@ -344,6 +344,7 @@ def test_batch_statistics_are_those_of_one_forward_pass_in_all_modes(make, optio
                 end = flow(x.clone().requires_grad_(differentiated))
             if differentiated:
                 end.square().sum().backward()
+                assert all(parameter.grad.abs().sum() > 0 for parameter in flow.parameters())
             counted = sum(int(count) for name, count in flow.named_buffers() if "num_batches" in name)
             assert counted == flow.cost.evaluations
             buffers[gradient, differentiated] = dict(flow.named_buffers())
