@@ -89,6 +89,12 @@ class CommandLine(LightningCLI):
         except Exception as error:  # odd values fail anywhere in the reader
             parser.error(one_line(error))
 
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except (OverflowError, ValueError) as error:
+            self.parser.error(f"--seed_everything: {one_line(error)}")
+
     def _parse_ckpt_path(self) -> None:
         """Leave the user's configuration as it is: Lightning would merge what a file says into it."""
 

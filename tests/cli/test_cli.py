@@ -343,7 +343,6 @@ def test_a_network_without_a_flow_is_tested_and_not_compared(refused) -> None:
         (("--model.learning_rate", "nan"), "learning_rate"),
         (("--model.learning_rate", "-1"), "learning_rate"),
         (("--seed_everything", "-1"), "seed"),
-        (("--data.init_args.seed", "-5"), "seed"),
         (("--model.network.init_args.width", str(-(2**63))), ""),
     ],
 )
