@@ -34,28 +34,9 @@ Each takes images (batch, in_channels, height, width), `mlp` vectors (batch, fea
 from continuum.zoo.continuous import continuous_resnet, mlp, odenet
 from continuum.zoo.fractal import fractalnet
 from continuum.zoo.post_activation import imagenet_resnet, polynet, resnet, resnext, se_resnet
-from continuum.zoo.pre_activation import (
-    fractal_resnet,
-    lm_resnet,
-    lm_resnext,
-    momentum_resnet,
-    preresnet,
-    wide_resnet,
-)
-from continuum.zoo.reversible import (
-    antisymmetric,
-    hamiltonian,
-    leapfrog,
-    midpoint,
-    revnet,
-)
-from continuum.zoo.stochastic import (
-    dropout_resnet,
-    neural_sde,
-    shake_shake,
-    stochastic_depth_resnet,
-    stochastic_lm_resnet,
-)
+from continuum.zoo.pre_activation import fractal_resnet, lm_resnet, lm_resnext, momentum_resnet, preresnet, wide_resnet
+from continuum.zoo.reversible import antisymmetric, hamiltonian, leapfrog, midpoint, revnet
+from continuum.zoo.stochastic import dropout_resnet, neural_sde, shake_shake, stochastic_depth_resnet, stochastic_lm_resnet
 
 BUILDERS = {
     build.__name__: build

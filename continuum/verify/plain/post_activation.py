@@ -7,18 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from continuum.verify.plain.parts import (
-    Arguments,
-    Block,
-    Layer,
-    Weights,
-    added_channels,
-    blocks,
-    conv,
-    conv_stem,
-    linear,
-    norm,
-)
+from continuum.verify.plain.parts import Arguments, Block, Layer, Weights, added_channels, blocks, conv, conv_stem, linear, norm
 
 Branch: TypeAlias = Callable[[Block, Tensor, int], Tensor]
 """F of a block, at a state, with a stride."""
