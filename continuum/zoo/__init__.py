@@ -41,31 +41,10 @@ from continuum.zoo.stochastic import dropout_resnet, neural_sde, shake_shake, st
 BUILDERS = {
     build.__name__: build
     for build in (
-        resnet,
-        imagenet_resnet,
-        se_resnet,
-        resnext,
-        polynet,
-        preresnet,
-        wide_resnet,
-        lm_resnet,
-        lm_resnext,
-        momentum_resnet,
-        fractal_resnet,
-        fractalnet,
-        revnet,
-        hamiltonian,
-        midpoint,
-        leapfrog,
-        antisymmetric,
-        continuous_resnet,
-        odenet,
-        mlp,
-        stochastic_depth_resnet,
-        shake_shake,
-        stochastic_lm_resnet,
-        dropout_resnet,
-        neural_sde,
+        *(resnet, imagenet_resnet, se_resnet, resnext, polynet),
+        *(preresnet, wide_resnet, lm_resnet, lm_resnext, momentum_resnet, fractal_resnet, fractalnet),
+        *(revnet, hamiltonian, midpoint, leapfrog, antisymmetric, continuous_resnet, odenet, mlp),
+        *(stochastic_depth_resnet, shake_shake, stochastic_lm_resnet, dropout_resnet, neural_sde),
     )
 }
 """The functions above by name, in which files and the command line look them up."""
