@@ -158,10 +158,12 @@ def _parts(w: Weights, counts: Sequence[int], first: bool, changes: Mapping[Kind
         change = first or stage > 0
         layers = (total - change) * w.refined
         asked: dict[Kind, bool] = {"transition": change, "start": "start" in changes, "layer": True, "end": "end" in changes}
-        for kind in [kind for kind, here in asked.items() if here and (layers or kind == "transition")]:
-            place = f"stages.{next(number)}"
-            if kind != "layer":
-                yield [Block(place, w.at(place), stage, 0, kind)]
+        for kind, here in asked.items():
+            if not here or not (layers or kind == "transition"):
                 continue
-            names = [f"{place}.field.layers.{k}" for k in range(layers)]
-            yield [Block(name, w.at(name), stage, change + k // w.refined, kind) for k, name in enumerate(names)]
+            place = f"stages.{next(number)}"
+            if kind == "layer":
+                names = [f"{place}.field.layers.{k}" for k in range(layers)]
+                yield [Block(name, w.at(name), stage, change + k // w.refined, kind) for k, name in enumerate(names)]
+            else:
+                yield [Block(place, w.at(place), stage, 0, kind)]
