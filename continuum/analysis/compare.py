@@ -60,11 +60,7 @@ class Row:
 
 @torch.no_grad()
 def compare_solvers(
-    network: Network,
-    batches: Sequence[tuple[Tensor, Tensor]],
-    solvers: Sequence[Solver],
-    device: torch.device,
-    paths: int = 5,
+    network: Network, batches: Sequence[tuple[Tensor, Tensor]], solvers: Sequence[Solver], device: torch.device, paths: int = 5
 ) -> Iterator[Row]:
     """Run `network` on all `batches` (images, labels) under its own solver, then under each of `solvers`; a row at a time.
 

@@ -245,16 +245,7 @@ def _history(content: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 def _dynamics(network: Network, sample: Sample) -> Section:
     found = flow_dynamics(network, sample.images[:FEW])
-    rows = [
-        [
-            d.flow,
-            f"{d.lipschitz:.3g}",
-            f"{d.lyapunov:.3g}",
-            _range(d.steps),
-            _range(d.smoothness),
-        ]
-        for d in found
-    ]
+    rows = [[d.flow, f"{d.lipschitz:.3g}", f"{d.lyapunov:.3g}", _range(d.steps), _range(d.smoothness)] for d in found]
     panels = [
         Axes(
             "size of the steps",

@@ -14,19 +14,7 @@ import torch
 
 from continuum.bench.counts import graphs, memory, synchronisations
 from continuum.bench.rivals import optional
-from continuum.bench.timing import (
-    LOSSES,
-    SEED,
-    Plan,
-    Problem,
-    Row,
-    adjoint,
-    compiled,
-    euler_step,
-    forward,
-    libraries,
-    training,
-)
+from continuum.bench.timing import LOSSES, SEED, Plan, Problem, Row, adjoint, compiled, euler_step, forward, libraries, training
 
 Report: TypeAlias = dict[str, Any]
 """Facts of the run, and under each of `SECTIONS` the rows of its parts."""
@@ -46,11 +34,7 @@ def plan(quick: bool = False, rounds: int | None = None) -> Plan:
         return Plan(few, adjoint=(tiny,), compiled=(), memory=tiny, rounds=rounds or 2, warm_up=0, seconds=5.0, images=2)
     small, large = ([Problem(shape, batch) for shape in ((16, 32, 32), (32, 16, 16), (64, 8, 8))] for batch in (32, 128))
     return Plan(
-        (vectors, *small, *large),
-        adjoint=tuple(small),
-        compiled=(vectors, small[-1]),
-        memory=large[-1],
-        rounds=rounds or 15,
+        (vectors, *small, *large), adjoint=tuple(small), compiled=(vectors, small[-1]), memory=large[-1], rounds=rounds or 15
     )
 
 

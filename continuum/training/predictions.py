@@ -36,11 +36,7 @@ class WritePredictions(BasePredictionWriter):
         self.folder = folder
 
     def write_on_epoch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        predictions: Sequence[Any],
-        batch_indices: Sequence[Any],
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
     ) -> None:
         samples = torch.cat(list(_flat(predictions))).float().cpu()
         found = dict(zip(_served(trainer, len(samples), batch_indices), samples, strict=True))

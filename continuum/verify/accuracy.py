@@ -5,26 +5,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
+from continuum import schemes
 from continuum.analysis.convergence import order
 from continuum.analysis.stochastic import limit_moment, linear_moment
-from continuum.fields import Autonomous, Coupled, Field, Momentum, PreActivation, TwoColumns
+from continuum.fields import Autonomous, Coupled, Field, Function, Momentum, PreActivation, TwoColumns
 from continuum.flow import Flow
 from continuum.noise import StochasticDepth
 from continuum.schemes import (
-    RK4,
     AdamsBashforth,
     Coupling,
-    Euler,
     EulerMaruyama,
     Fractal,
-    Heun,
-    Kutta3,
     Leapfrog,
     LinearTwoStep,
-    Midpoint,
-    Milstein,
     NeumannSeries,
     ReversibleScheme,
     Scheme,
@@ -34,19 +28,13 @@ from continuum.schemes import (
     Verlet,
 )
 from continuum.solvers import FixedStep
-from continuum.types import State, Time
 from continuum.weights import PiecewiseConstant
 
 # Orders
 
-ONE_STEP = (Euler(), Midpoint(), Heun(), Kutta3(), RK4())
-MULTISTEP = (*map(AdamsBashforth, (2, 3, 4)), LinearTwoStep(), TwoStepMidpoint())
-REVERSIBLE = (Coupling(), Leapfrog(), Verlet(), TwoStepMidpoint(), LinearTwoStep())
-STOCHASTIC = (EulerMaruyama("own"), EulerMaruyama("brownian"), Milstein(), StochasticTwoStep())
-SCHEMES: tuple[Scheme, ...] = (
-    *(*ONE_STEP, *MULTISTEP, NeumannSeries(2), NeumannSeries(3), Fractal(), *REVERSIBLE[:3]),
-    *STOCHASTIC,
-)
+VARIANTS = (AdamsBashforth(3), AdamsBashforth(4), NeumannSeries(3), EulerMaruyama("brownian"))
+SCHEMES: tuple[Scheme, ...] = (*schemes.SCHEMES, *VARIANTS)
+REVERSIBLE = [scheme for scheme in schemes.SCHEMES if isinstance(scheme, ReversibleScheme)]
 
 START = torch.tensor([[0.1, 0.3], [0.5, 0.8]], dtype=torch.float64)
 
@@ -63,23 +51,11 @@ class Order:
         return abs(self.measured - self.scheme.order) <= 0.25
 
 
-class Equation(Field):
-    """A field given as a function of (t, x)."""
-
-    def __init__(self, function: Callable[[float, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, t: Time, x: State) -> State:
-        return self.function(float(t), x)
-
-
-SEASONS = Equation(lambda t, x: math.cos(t) * x * (1 - x))
+SEASONS = Function(lambda t, x: torch.cos(t) * x * (1 - x))
 """Logistic growth by seasons, x(t) = x0 / (x0 + (1 - x0) exp(-sin t))."""
 
-PENDULUM = Coupled(Equation(lambda t, v: v), Equation(lambda t, q: 0.3 * math.cos(t) - torch.sin(q)))
+PENDULUM = Coupled(Function(lambda t, v: v), Function(lambda t, q: 0.3 * torch.cos(t) - torch.sin(q)))
 """A driven pendulum, whose solution is the one of an adaptive method of order eight."""
-
 
 SUITED: dict[Scheme, Field] = {
     **dict.fromkeys((Coupling(), Leapfrog(), Verlet()), PENDULUM),
@@ -148,10 +124,6 @@ def undo_errors() -> Iterator[Undone]:
             yield Undone(scheme, 100, dtype, _there_and_back(scheme, 100, 0.1, dtype), bound_of_many)
 
 
-def _halves() -> Field:
-    return Coupled(Autonomous(PreActivation(4, 4)), Autonomous(PreActivation(4, 4)))
-
-
 LAYERS: dict[Scheme, Callable[[], Field]] = {
     LinearTwoStep(): lambda: Momentum(Autonomous(PreActivation(8, 8)), k=-0.9),
     TwoStepMidpoint(): lambda: Autonomous(PreActivation(8, 8)),
@@ -163,7 +135,8 @@ def _there_and_back(scheme: ReversibleScheme, layers: int, scale: float, dtype: 
     """The largest relative error of the state and memory from which the layers set out."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        field = PiecewiseConstant(LAYERS.get(scheme, _halves)().scaled(scale) for _ in range(layers)).to(dtype)
+        layer = LAYERS.get(scheme, lambda: Coupled(*(Autonomous(PreActivation(4, 4)) for _ in range(2))))
+        field = PiecewiseConstant(layer().scaled(scale) for _ in range(layers)).to(dtype)
         x, previous = torch.randn(2, 4, 8, 6, 6, dtype=dtype)
     start = (x, *scheme.begin(field, x, previous, [(0.0, 1.0)]))
     x, memory = x, start[1:]

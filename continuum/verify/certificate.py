@@ -84,14 +84,14 @@ def certify(network: Network, images: Images, labels: Tensor | None = None) -> C
     labels = torch.arange(len(images)) % ours.shape[1] if labels is None else labels.cpu()
     network.train()
     for seed in SEEDS:
-        found, expected = (_trained(network, images, labels, run, seed) for run in (_logits, _logits_of_loop))
-        if not torch.equal(found.logits, expected.logits):
+        ours, gradients, moved = _trained(network, images, labels, _logits, seed)
+        theirs, their_gradients, their_buffers = _trained(network, images, labels, _logits_of_loop, seed)
+        if not torch.equal(ours, theirs):
             training = False
             faults.append(_first_difference(network, images, seed))
-        moved = {name: _distance(buffer, expected.buffers[name]) for name, buffer in found.buffers.items()}
-        wrong = [(name, distance) for name, distance in moved.items() if distance]
+        wrong = [(name, distance) for name, buffer in moved.items() if (distance := _distance(buffer, their_buffers[name]))]
         buffers = buffers and not wrong
-        errors = _relative(found.gradients, expected.gradients)
+        errors = _relative(gradients, their_gradients)
         gradient = max(gradient, *errors.values(), 0.0)
         faults += wrong[:1] + [(name, error) for name, error in errors.items() if error > GRADIENTS][-1:]
     return Certificate(
@@ -184,16 +184,10 @@ def _states(network: Network, images: Images) -> Iterator[State]:
         hook.remove()
 
 
-@dataclass
-class _Trained:
-    """What a pass in training mode leaves, by the names of the network."""
-
-    logits: Logits
-    gradients: dict[str, Tensor]
-    buffers: dict[str, Tensor]
-
-
-def _trained(network: Network, images: Images, labels: Tensor, run: Run, seed: int) -> _Trained:
+def _trained(
+    network: Network, images: Images, labels: Tensor, run: Run, seed: int
+) -> tuple[Logits, dict[str, Tensor], dict[str, Tensor]]:
+    """What a pass in training mode leaves: logits, and gradients and buffers by the names of the network."""
     network = copy.deepcopy(network)
     with _seeded(seed):
         logits = run(network, images)
@@ -202,7 +196,7 @@ def _trained(network: Network, images: Images, labels: Tensor, run: Run, seed: i
     if parameters:
         loss = cross_entropy(logits, labels)
         gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
-    return _Trained(logits.detach(), dict(zip(parameters, gradients, strict=True)), dict(network.named_buffers()))
+    return logits.detach(), dict(zip(parameters, gradients, strict=True)), dict(network.named_buffers())
 
 
 @contextmanager

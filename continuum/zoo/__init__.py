@@ -34,57 +34,17 @@ Each takes images (batch, in_channels, height, width), `mlp` vectors (batch, fea
 from continuum.zoo.continuous import continuous_resnet, mlp, odenet
 from continuum.zoo.fractal import fractalnet
 from continuum.zoo.post_activation import imagenet_resnet, polynet, resnet, resnext, se_resnet
-from continuum.zoo.pre_activation import (
-    fractal_resnet,
-    lm_resnet,
-    lm_resnext,
-    momentum_resnet,
-    preresnet,
-    wide_resnet,
-)
-from continuum.zoo.reversible import (
-    antisymmetric,
-    hamiltonian,
-    leapfrog,
-    midpoint,
-    revnet,
-)
-from continuum.zoo.stochastic import (
-    dropout_resnet,
-    neural_sde,
-    shake_shake,
-    stochastic_depth_resnet,
-    stochastic_lm_resnet,
-)
+from continuum.zoo.pre_activation import fractal_resnet, lm_resnet, lm_resnext, momentum_resnet, preresnet, wide_resnet
+from continuum.zoo.reversible import antisymmetric, hamiltonian, leapfrog, midpoint, revnet
+from continuum.zoo.stochastic import dropout_resnet, neural_sde, shake_shake, stochastic_depth_resnet, stochastic_lm_resnet
 
 BUILDERS = {
     build.__name__: build
     for build in (
-        resnet,
-        imagenet_resnet,
-        se_resnet,
-        resnext,
-        polynet,
-        preresnet,
-        wide_resnet,
-        lm_resnet,
-        lm_resnext,
-        momentum_resnet,
-        fractal_resnet,
-        fractalnet,
-        revnet,
-        hamiltonian,
-        midpoint,
-        leapfrog,
-        antisymmetric,
-        continuous_resnet,
-        odenet,
-        mlp,
-        stochastic_depth_resnet,
-        shake_shake,
-        stochastic_lm_resnet,
-        dropout_resnet,
-        neural_sde,
+        *(resnet, imagenet_resnet, se_resnet, resnext, polynet),
+        *(preresnet, wide_resnet, lm_resnet, lm_resnext, momentum_resnet, fractal_resnet, fractalnet),
+        *(revnet, hamiltonian, midpoint, leapfrog, antisymmetric, continuous_resnet, odenet, mlp),
+        *(stochastic_depth_resnet, shake_shake, stochastic_lm_resnet, dropout_resnet, neural_sde),
     )
 }
 """The functions above by name, in which files and the command line look them up."""

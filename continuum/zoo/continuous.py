@@ -54,10 +54,7 @@ def continuous_resnet(
     inputs = width
     for stage in range(3):
         outputs, stride = width * 2**stage, 2 if stage else 1
-        stages += [
-            Transition(Projection(inputs, outputs, stride), PreActivation(inputs, outputs, stride)),
-            flow(outputs),
-        ]
+        stages += [Transition(Projection(inputs, outputs, stride), PreActivation(inputs, outputs, stride)), flow(outputs)]
         inputs = outputs
     head = PooledHead(nn.BatchNorm2d(inputs), inputs, num_classes)
     nodal = basis in ("constant", "hat")

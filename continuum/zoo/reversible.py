@@ -23,15 +23,7 @@ from continuum.fields.branches import conv3x3
 from continuum.fields.coupled import half_of
 from continuum.flow import Flow
 from continuum.models.network import Network, builder
-from continuum.models.parts import (
-    CoupledTransition,
-    FromZero,
-    PooledHead,
-    PoolPad,
-    Positions,
-    StartMotion,
-    staged,
-)
+from continuum.models.parts import CoupledTransition, FromZero, PooledHead, PoolPad, Positions, StartMotion, staged
 from continuum.solvers import Solver
 from continuum.weights import PiecewiseConstant
 

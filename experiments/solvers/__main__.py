@@ -15,20 +15,10 @@ from torch import Tensor, nn
 
 from continuum import Adaptive, Autonomous, Field, Flow, PiecewiseConstant
 from continuum.analysis.figures import Axes, Line
+from continuum.fields import Function
 from experiments.common import Experiment, Row, table
 
 Exact = Callable[[float], Tensor]
-
-
-class Problem(Field):
-    """dx/dt = function(t, x) as a field."""
-
-    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, t: float | Tensor, x: Tensor) -> Tensor:
-        return self.function(torch.as_tensor(t, dtype=x.dtype), x)
 
 
 def problems() -> dict[str, tuple[Field, Exact]]:
@@ -39,10 +29,10 @@ def problems() -> dict[str, tuple[Field, Exact]]:
 
     turn = torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
     return {
-        "linear": (Problem(lambda t, x: -x), lambda t: row(math.exp(-t))),
-        "logistic": (Problem(lambda t, x: x * (1 - x)), lambda t: row(1 / (1 + 9 * math.exp(-t)))),
-        "oscillator": (Problem(lambda t, x: x @ turn.T), lambda t: row(math.cos(t), -math.sin(t))),
-        "driven": (Problem(lambda t, x: -x + torch.sin(t)), lambda t: row((math.sin(t) - math.cos(t) + 3 * math.exp(-t)) / 2)),
+        "linear": (Function(lambda t, x: -x), lambda t: row(math.exp(-t))),
+        "logistic": (Function(lambda t, x: x * (1 - x)), lambda t: row(1 / (1 + 9 * math.exp(-t)))),
+        "oscillator": (Function(lambda t, x: x @ turn.T), lambda t: row(math.cos(t), -math.sin(t))),
+        "driven": (Function(lambda t, x: -x + torch.sin(t)), lambda t: row((math.sin(t) - math.cos(t) + 3 * math.exp(-t)) / 2)),
     }
 
 

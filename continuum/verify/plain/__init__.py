@@ -13,7 +13,7 @@ from continuum.verify.plain.continuous import continuous_resnet, mlp, odenet
 from continuum.verify.plain.fractal import fractalnet
 from continuum.verify.plain.parts import Arguments, Layer, Weights, bare
 from continuum.verify.plain.post_activation import imagenet_resnet, polynet, resnet, resnext, se_resnet
-from continuum.verify.plain.pre_activation import fractal_resnet, lm_resnet, momentum_resnet, preresnet, wide_resnet
+from continuum.verify.plain.pre_activation import fractal_resnet, lm_resnet, lm_resnext, momentum_resnet, preresnet, wide_resnet
 from continuum.verify.plain.reversible import antisymmetric, hamiltonian, leapfrog, midpoint, revnet
 from continuum.verify.plain.stochastic import (
     dropout_resnet,
@@ -26,31 +26,13 @@ from continuum.verify.plain.stochastic import (
 Plain: TypeAlias = Callable[[Weights, Arguments, Tensor], Iterator[Layer]]
 
 PLAIN: dict[str, Plain] = {
-    "resnet": resnet,
-    "imagenet_resnet": imagenet_resnet,
-    "se_resnet": se_resnet,
-    "resnext": resnext,
-    "polynet": polynet,
-    "preresnet": preresnet,
-    "wide_resnet": wide_resnet,
-    "lm_resnet": lm_resnet,
-    "lm_resnext": lm_resnet,
-    "momentum_resnet": momentum_resnet,
-    "fractal_resnet": fractal_resnet,
-    "fractalnet": fractalnet,
-    "revnet": revnet,
-    "hamiltonian": hamiltonian,
-    "midpoint": midpoint,
-    "leapfrog": leapfrog,
-    "antisymmetric": antisymmetric,
-    "continuous_resnet": continuous_resnet,
-    "odenet": odenet,
-    "mlp": mlp,
-    "stochastic_depth_resnet": stochastic_depth_resnet,
-    "shake_shake": shake_shake,
-    "stochastic_lm_resnet": stochastic_lm_resnet,
-    "dropout_resnet": dropout_resnet,
-    "neural_sde": neural_sde,
+    loop.__name__: loop
+    for loop in (
+        *(resnet, imagenet_resnet, se_resnet, resnext, polynet),
+        *(preresnet, wide_resnet, lm_resnet, lm_resnext, momentum_resnet, fractal_resnet, fractalnet),
+        *(revnet, hamiltonian, midpoint, leapfrog, antisymmetric, continuous_resnet, odenet, mlp),
+        *(stochastic_depth_resnet, shake_shake, stochastic_lm_resnet, dropout_resnet, neural_sde),
+    )
 }
 """The plain loop of each builder, by the builder's name."""
 

@@ -1,6 +1,6 @@
-"""What the plain loops are made of: weights by name, the parts around the stages, and the blocks of a stage in order."""
+"""What the plain loops are made of: weights by name, the parts around the stages, and the loop over the blocks."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, Literal, TypeAlias
@@ -93,6 +93,13 @@ def pooled_head(w: Weights, x: Tensor) -> Tensor:
     return linear(w.at("linear"), F.relu(norm(w.at("norm"), x)).mean(dim=(2, 3)))
 
 
+def plain_head(w: Weights, x: Tensor) -> Tensor:
+    """Average, linear."""
+    return linear(w.at("linear"), F.avg_pool2d(x, x.shape[2:]).flatten(1))
+
+
+# The loop
+
 Kind: TypeAlias = Literal["transition", "start", "layer", "end"]
 
 
@@ -100,7 +107,7 @@ Kind: TypeAlias = Literal["transition", "start", "layer", "end"]
 class Block:
     """A part of a stage: the transition to it, a layer of its flow, or a module at the start or end of the flow.
 
-    `index` counts the transition and the layers of the stage.
+    `index` counts the transition and the layers of the stage. `drawn` is what the block draws in training, if anything.
     """
 
     name: str
@@ -108,24 +115,55 @@ class Block:
     stage: int
     index: int
     kind: Kind
+    drawn: Tensor | None = None
 
 
-def blocks(
-    w: Weights, counts: Sequence[int], changes: Sequence[bool], start: bool = False, end: bool = False
-) -> Iterator[Block]:
-    """The parts of stages of so many blocks in order; a stage that changes the size begins with a transition."""
+Step: TypeAlias = Callable[[Block, Tensor, Any], Tensor]
+"""A layer: from the state, and the one before it (None where there is none), to the next."""
+
+Change: TypeAlias = Callable[[Block, Tensor], tuple[Tensor, Tensor | None]]
+"""Any other part: from the state to the next one, and to what counts as the one before it."""
+
+
+def loop(
+    w: Weights,
+    images: Tensor,
+    counts: Sequence[int],
+    layer: Step,
+    changes: Mapping[Kind, Change],
+    first: bool = False,
+    stem: Callable[[Weights, Tensor], Tensor] = conv,
+    head: Callable[[Weights, Tensor], Tensor] = pooled_head,
+    draw: Callable[[Block, Tensor], Tensor | None] | None = None,
+) -> Iterator[Layer]:
+    """Stem, stages of so many blocks, head; every stage, the first one if `first` says so, begins with a transition.
+
+    In training all layers of a flow draw before the first of them runs, from the state that enters the flow.
+    """
+    x, before = stem(w.at("stem"), images), None
+    yield "stem", x
+    for part in _parts(w, counts, first, changes):
+        if draw is not None and w.training:
+            part = [replace(block, drawn=draw(block, x)) for block in part]
+        for block in part:
+            x, before = (layer(block, x, before), x) if block.kind == "layer" else changes[block.kind](block, x)
+            yield block.name, x
+    yield "head", head(w.at("head"), x)
+
+
+def _parts(w: Weights, counts: Sequence[int], first: bool, changes: Mapping[Kind, Change]) -> Iterator[list[Block]]:
+    """The parts of all stages in order: the layers of a flow together, everything else alone."""
     number = count()
-    for stage, (total, change) in enumerate(zip(counts, changes, strict=True)):
-        layers = total - change
-        flow = layers > 0
-        kinds: dict[Kind, bool] = {"transition": change, "start": start and flow, "layer": flow, "end": end and flow}
-        for kind, here in kinds.items():
-            if not here:
+    for stage, total in enumerate(counts):
+        change = first or stage > 0
+        layers = (total - change) * w.refined
+        asked: dict[Kind, bool] = {"transition": change, "start": "start" in changes, "layer": True, "end": "end" in changes}
+        for kind, here in asked.items():
+            if not here or not (layers or kind == "transition"):
                 continue
             place = f"stages.{next(number)}"
-            if kind != "layer":
-                yield Block(place, w.at(place), stage, 0, kind)
-                continue
-            for layer in range(layers * w.refined):
-                name = f"{place}.field.layers.{layer}"
-                yield Block(name, w.at(name), stage, change + layer // w.refined, kind)
+            if kind == "layer":
+                names = [f"{place}.field.layers.{k}" for k in range(layers)]
+                yield [Block(name, w.at(name), stage, change + k // w.refined, kind) for k, name in enumerate(names)]
+            else:
+                yield [Block(place, w.at(place), stage, 0, kind)]

@@ -1,7 +1,7 @@
 """Post-activation networks, relu(x + F(x)), as plain loops."""
 
 from collections.abc import Callable, Iterator
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -10,14 +10,18 @@ from torch import Tensor
 from continuum.verify.plain.parts import (
     Arguments,
     Block,
+    Change,
+    Kind,
     Layer,
+    Step,
     Weights,
     added_channels,
-    blocks,
     conv,
     conv_stem,
     linear,
+    loop,
     norm,
+    plain_head,
 )
 
 Branch: TypeAlias = Callable[[Block, Tensor, int], Tensor]
@@ -40,7 +44,7 @@ def bottleneck(w: Weights, x: Tensor, stride: int, groups: int, dilation: int = 
 
 def resnet(w: Weights, arguments: Arguments, images: Tensor) -> Iterator[Layer]:
     """relu(x + F(x)) with two convolutions in F."""
-    yield from _cifar(w, images, (arguments["depth"] - 2) // 6, basic, arguments["shortcut"])
+    return _cifar(w, images, (arguments["depth"] - 2) // 6, basic, arguments["shortcut"])
 
 
 def se_resnet(w: Weights, arguments: Arguments, images: Tensor) -> Iterator[Layer]:
@@ -51,7 +55,7 @@ def se_resnet(w: Weights, arguments: Arguments, images: Tensor) -> Iterator[Laye
         inner = F.relu(linear(block.weights.at("squeeze"), y.mean(dim=(2, 3))))
         return torch.sigmoid(linear(block.weights.at("excite"), inner))[:, :, None, None] * y
 
-    yield from _cifar(w, images, (arguments["depth"] - 2) // 6, branch, arguments["shortcut"])
+    return _cifar(w, images, (arguments["depth"] - 2) // 6, branch, arguments["shortcut"])
 
 
 def resnext(w: Weights, arguments: Arguments, images: Tensor) -> Iterator[Layer]:
@@ -60,25 +64,31 @@ def resnext(w: Weights, arguments: Arguments, images: Tensor) -> Iterator[Layer]
     def branch(block: Block, x: Tensor, stride: int) -> Tensor:
         return bottleneck(block.weights, x, stride, arguments["cardinality"])
 
-    yield from _cifar(w, images, (arguments["depth"] - 2) // 9, branch, "B", wider=True)
+    return _cifar(w, images, (arguments["depth"] - 2) // 9, branch, "B", wider=True)
 
 
 def _cifar(w: Weights, x: Tensor, count: int, branch: Branch, shortcut: str, wider: bool = False) -> Iterator[Layer]:
     """Three stages of `count` blocks; a `wider` stage has more channels than its stem."""
-    x = conv_stem(w.at("stem"), x)
-    yield "stem", x
-    for block in blocks(w, [count] * 3, [wider, True, True]):
-        x = _activated(block, x, branch, 2 if block.stage else 1, shortcut)
-        yield block.name, x
-    yield "head", linear(w.at("head.linear"), F.avg_pool2d(x, x.shape[2:]).flatten(1))
+
+    def transition(block: Block, x: Tensor) -> tuple[Tensor, None]:
+        return _resized(block, x, branch, 2 if block.stage else 1, shortcut), None
+
+    return loop(w, x, [count] * 3, _activated(branch), {"transition": transition}, wider, conv_stem, plain_head)
 
 
-def _activated(block: Block, x: Tensor, branch: Branch, stride: int, shortcut: str = "B") -> Tensor:
-    """relu(x + F(x)), in a transition with a shortcut in the place of x and the stride; refined, its part of the way there."""
-    w = block.weights
-    if block.kind == "layer":
+def _activated(branch: Branch) -> Step:
+    """relu(x + F(x)); refined, its part of the way there."""
+
+    def layer(block: Block, x: Tensor, before: Any) -> Tensor:
         after = F.relu(x + branch(block, x, 1))
-        return after if w.refined == 1 else x + w.share * (after - x)
+        return after if block.weights.refined == 1 else x + block.weights.share * (after - x)
+
+    return layer
+
+
+def _resized(block: Block, x: Tensor, branch: Branch, stride: int, shortcut: str = "B") -> Tensor:
+    """relu(P(x) + F(x)) with a stride and a shortcut P."""
+    w = block.weights
     if shortcut == "A":
         y = added_channels(x[:, :, ::2, ::2], 2 * x.shape[1])
     else:
@@ -103,16 +113,18 @@ def imagenet_resnet(w: Weights, arguments: Arguments, images: Tensor) -> Iterato
         dilation = dilations[block.stage if block.kind == "layer" else max(block.stage - 1, 0)]
         return bottleneck(block.weights, x, stride, arguments["groups"], dilation)
 
-    if arguments["stem"] == "imagenet":
-        x = F.relu(norm(w.at("stem.norm"), conv(w.at("stem.conv"), images, 2)))
-        x = F.max_pool2d(x, 3, stride=2, padding=1)
-    else:
-        x = conv_stem(w.at("stem"), images)
-    yield "stem", x
-    for block in blocks(w, counts, [wide, True, True, True]):
-        x = _activated(block, x, branch, 2 if block.stage and not dilated[block.stage] else 1)
-        yield block.name, x
-    yield "head", linear(w.at("head.linear"), F.adaptive_avg_pool2d(x, 1).flatten(1))
+    def transition(block: Block, x: Tensor) -> tuple[Tensor, None]:
+        return _resized(block, x, branch, 2 if block.stage and not dilated[block.stage] else 1), None
+
+    def stem(w: Weights, x: Tensor) -> Tensor:
+        if arguments["stem"] == "cifar":
+            return conv_stem(w, x)
+        return F.max_pool2d(F.relu(norm(w.at("norm"), conv(w.at("conv"), x, 2))), 3, stride=2, padding=1)
+
+    def head(w: Weights, x: Tensor) -> Tensor:
+        return linear(w.at("linear"), F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+    return loop(w, images, counts, _activated(branch), {"transition": transition}, wide, stem, head)
 
 
 def polynet(w: Weights, arguments: Arguments, images: Tensor) -> Iterator[Layer]:
@@ -136,10 +148,9 @@ def polynet(w: Weights, arguments: Arguments, images: Tensor) -> Iterator[Layer]
         y = F.relu(norm(w.at(f"norms.{order}"), conv(w.at(f"convs.{own}"), x)))
         return norm(w.at(f"last_norms.{order}"), conv(w.at(f"last_convs.{order}"), y))
 
-    x = conv_stem(w.at("stem"), images)
-    yield "stem", x
+    def transition(block: Block, x: Tensor) -> tuple[Tensor, None]:
+        return _resized(block, x, branch, 2), None
+
     counts = [number + min(stage, 1) for stage, number in enumerate(arguments["blocks"])]
-    for block in blocks(w, counts, [stage > 0 for stage in range(len(counts))]):
-        x = _activated(block, x, branch, 2)
-        yield block.name, x
-    yield "head", linear(w.at("head.linear"), F.avg_pool2d(x, x.shape[2:]).flatten(1))
+    changes: dict[Kind, Change] = {"transition": transition}
+    return loop(w, images, counts, _activated(branch), changes, stem=conv_stem, head=plain_head)

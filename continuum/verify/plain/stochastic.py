@@ -4,9 +4,8 @@ Draws come from torch's global generator: those of all layers of a flow before i
 """
 
 import math
-from collections.abc import Callable, Iterator
-from itertools import groupby
-from typing import Any, TypeAlias
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,30 +15,21 @@ from continuum.verify.plain.continuous import group_norm, odenet_branch, odenet_
 from continuum.verify.plain.parts import (
     Arguments,
     Block,
+    Change,
+    Kind,
     Layer,
     Weights,
     added_channels,
-    blocks,
     conv,
     conv_stem,
     linear,
+    loop,
     norm,
-    pooled_head,
+    plain_head,
     projection,
 )
 from continuum.verify.plain.post_activation import basic
 from continuum.verify.plain.pre_activation import one_layer_before, preactivation
-
-Draw: TypeAlias = Callable[[Block], Tensor | None]
-"""What a block draws, if anything, where the state is the one at the start of the flow or transition it belongs to."""
-
-
-def drawn(w: Weights, parts: Iterator[Block], draw: Draw) -> Iterator[tuple[Block, Tensor | None]]:
-    """The blocks with what they draw in training."""
-    for _, run in groupby(parts, key=lambda block: block.name.split(".")[1]):
-        layers = list(run)
-        draws = [draw(block) if w.training else None for block in layers]
-        yield from zip(layers, draws, strict=True)
 
 
 def coins(arguments: Arguments, x: Tensor, p: float) -> Tensor:
@@ -57,65 +47,63 @@ def part(published: Tensor, mean: float, h: float) -> Tensor:
 
 def stochastic_depth_resnet(w: Weights, arguments: Arguments, images: Tensor) -> Iterator[Layer]:
     """relu(x + b F(x)) with b from Bernoulli(p), p falling from layer to layer; relu(x + p F(x)) in evaluation."""
-    x = conv_stem(w.at("stem"), images)
-    yield "stem", x
     number = (arguments["depth"] - 2) // 6
 
     def survival(block: Block) -> float:
         return 1 - (number * block.stage + block.index + 1) / (3 * number) * (1 - arguments["last"])
 
-    def draw(block: Block) -> Tensor:
-        return coins(arguments, x, survival(block))
-
-    for block, b in drawn(w, blocks(w, [number] * 3, [False, True, True]), draw):
-        if block.kind == "transition":
-            kept, stride, h = added_channels(F.avg_pool2d(x, 2), 2 * x.shape[1]), 2, 1.0
-        else:
-            kept, stride, h = x, 1, w.share
+    def step(block: Block, x: Tensor, kept: Tensor, stride: int, h: float) -> Tensor:
+        b = block.drawn
         if b is None:
             after = F.relu(kept + survival(block) * basic(block, x, stride))
-            x = after if h == 1 else kept + h * (after - kept)
-        elif h != 1:
-            x = kept + part(b, survival(block), h) * (F.relu(kept + basic(block, x, stride)) - kept)
-        elif b.any():
-            x = F.relu(kept + b * basic(block, x, stride))
-        else:
-            x = F.relu(kept)
-        yield block.name, x
-    yield "head", linear(w.at("head.linear"), F.avg_pool2d(x, x.shape[2:]).flatten(1))
+            return after if h == 1 else kept + h * (after - kept)
+        if h != 1:
+            return kept + part(b, survival(block), h) * (F.relu(kept + basic(block, x, stride)) - kept)
+        return F.relu(kept + b * basic(block, x, stride)) if b.any() else F.relu(kept)
+
+    def transition(block: Block, x: Tensor) -> tuple[Tensor, None]:
+        return step(block, x, added_channels(F.avg_pool2d(x, 2), 2 * x.shape[1]), 2, 1.0), None
+
+    def layer(block: Block, x: Tensor, before: Any) -> Tensor:
+        return step(block, x, x, 1, w.share)
+
+    def draw(block: Block, x: Tensor) -> Tensor:
+        return coins(arguments, x, survival(block))
+
+    changes: dict[Kind, Change] = {"transition": transition}
+    return loop(w, images, [number] * 3, layer, changes, stem=conv_stem, head=plain_head, draw=draw)
 
 
 def stochastic_lm_resnet(w: Weights, arguments: Arguments, images: Tensor) -> Iterator[Layer]:
     """(1 - k_n) x_n + k_n x_{n-1} + b / p f(x_n) with b from Bernoulli(p); x_0 + f(x_0) in the very first block."""
-    x = before = conv(w.at("stem"), images)
-    yield "stem", x
     number = (arguments["depth"] - 2) // 6
 
     def survival(block: Block) -> float:
         return 1 - (number * block.stage + block.index) / (3 * number - 1) * (1 - arguments["last"])
 
-    def draw(block: Block) -> Tensor:
+    def step(block: Block, x: Tensor, kept: Tensor, stride: int, h: float) -> Tensor:
+        b = block.drawn
+        if b is None:
+            return kept + h * preactivation(block.weights, x, stride)
+        if h == 1 and not b.any():
+            return kept
+        return kept + part(b / survival(block), 1.0, h) * preactivation(block.weights, x, stride)
+
+    def transition(block: Block, x: Tensor) -> tuple[Tensor, Tensor]:
+        kept = projection(block.weights, x, 2)
+        after = step(block, x, kept, 2, 1.0)
+        return after, one_layer_before(w, after, kept)
+
+    def layer(block: Block, x: Tensor, before: Any) -> Tensor:
+        if not block.stage and not block.index:
+            return step(block, x, x, 1, w.share)
+        k = block.weights["k"]
+        return step(block, x, (1 - k) * x + k * before, 1, w.share)
+
+    def draw(block: Block, x: Tensor) -> Tensor:
         return coins(arguments, x, survival(block))
 
-    for block, b in drawn(w, blocks(w, [number] * 3, [False, True, True]), draw):
-        if block.kind == "transition":
-            kept, stride, h = projection(block.weights, x, 2), 2, 1.0
-        elif not block.stage and not block.index:
-            kept, stride, h = x, 1, w.share
-        else:
-            k = block.weights["k"]
-            kept, stride, h = (1 - k) * x + k * before, 1, w.share
-        before = kept if block.kind == "transition" else x
-        if b is None:
-            x = kept + h * preactivation(block.weights, x, stride)
-        elif h != 1 or b.any():
-            x = kept + part(b / survival(block), 1.0, h) * preactivation(block.weights, x, stride)
-        else:
-            x = kept
-        if block.kind == "transition":
-            before = one_layer_before(w, x, before)
-        yield block.name, x
-    yield "head", pooled_head(w.at("head"), x)
+    return loop(w, images, [number] * 3, layer, {"transition": transition}, draw=draw)
 
 
 # Shake-shake
@@ -135,11 +123,9 @@ class Replaced(torch.autograd.Function):
 
 def shake_shake(w: Weights, arguments: Arguments, images: Tensor) -> Iterator[Layer]:
     """x + a F(x) + (1 - a) G(x), with a uniform or 1/2, and other coefficients for the gradients of F and G."""
-    x = norm(w.at("stem.1"), conv(w.at("stem.0"), images))
-    yield "stem", x
     forward, backward = arguments["forward_mode"], arguments["backward_mode"]
 
-    def pair(mode: str, h: float) -> list[Tensor]:
+    def pair(mode: str, x: Tensor, h: float) -> list[Tensor]:
         """The coefficients of F and G."""
         size = (1 if arguments["per"] == "batch" else len(x), 1, 1, 1)
         if mode == "even":
@@ -147,24 +133,32 @@ def shake_shake(w: Weights, arguments: Arguments, images: Tensor) -> Iterator[La
         a = torch.rand(size)
         return [part(a, 0.5, h), part(1 - a, 0.5, h)]
 
-    def draw(block: Block) -> Tensor:
+    def draw(block: Block, x: Tensor) -> Tensor:
         """Two coefficients of the values, and two of the gradients."""
         h = 1.0 if block.kind == "transition" else w.share
-        there = pair(forward, h)
-        return torch.stack([*there, *(there if backward == "keep" else pair(backward, h))])
+        there = pair(forward, x, h)
+        return torch.stack([*there, *(there if backward == "keep" else pair(backward, x, h))])
 
-    changes = [arguments["width"] != 16, True, True]
-    for block, abcd in drawn(w, blocks(w, [(arguments["depth"] - 2) // 6] * 3, changes), draw):
-        stride = 2 if block.kind == "transition" and block.stage else 1
-        kept, h = (_paths(block.weights.at("shortcut"), x, stride), 1.0) if block.kind == "transition" else (x, w.share)
+    def step(block: Block, x: Tensor, kept: Tensor, stride: int, h: float) -> Tensor:
         f, g = (_shake_branch(block.weights.at(name), x, stride) for name in ("first", "second"))
-        if abcd is None:
-            x = kept + (0.5 * h * f + 0.5 * h * g)
-        else:
-            a, b, c, d = abcd
-            x = kept + Replaced.apply(a * f + b * g, c * f + d * g)
-        yield block.name, x
-    yield "head", linear(w.at("head.linear"), F.relu(x).mean(dim=(2, 3)))
+        if block.drawn is None:
+            return kept + (0.5 * h * f + 0.5 * h * g)
+        a, b, c, d = block.drawn
+        return kept + Replaced.apply(a * f + b * g, c * f + d * g)
+
+    def transition(block: Block, x: Tensor) -> tuple[Tensor, None]:
+        stride = 2 if block.stage else 1
+        return step(block, x, _paths(block.weights.at("shortcut"), x, stride), stride, 1.0), None
+
+    def stem(w: Weights, x: Tensor) -> Tensor:
+        return norm(w.at("1"), conv(w.at("0"), x))
+
+    def head(w: Weights, x: Tensor) -> Tensor:
+        return linear(w.at("linear"), F.relu(x).mean(dim=(2, 3)))
+
+    counts, first = [(arguments["depth"] - 2) // 6] * 3, arguments["width"] != 16
+    changes: dict[Kind, Change] = {"transition": transition}
+    return loop(w, images, counts, lambda block, x, before: step(block, x, x, 1, w.share), changes, first, stem, head, draw)
 
 
 def _shake_branch(w: Weights, x: Tensor, stride: int) -> Tensor:
@@ -186,21 +180,19 @@ def _paths(w: Weights, x: Tensor, stride: int) -> Tensor:
 
 def dropout_resnet(w: Weights, arguments: Arguments, images: Tensor) -> Iterator[Layer]:
     """x + m f(x), with entries of m either 0 or 1 / (1 - rate)."""
-    x = conv(w.at("stem"), images)
-    yield "stem", x
     stays = 1 - arguments["rate"]
 
-    def draw(block: Block) -> Tensor | None:
+    def draw(block: Block, x: Tensor) -> Tensor | None:
         return torch.empty_like(x).bernoulli_(stays) / stays if block.kind == "layer" else None
 
-    for block, mask in drawn(w, blocks(w, [(arguments["depth"] - 2) // 6] * 3, [False, True, True]), draw):
-        if block.kind == "transition":
-            x = projection(block.weights, x, 2) + preactivation(block.weights, x, 2)
-        else:
-            f = preactivation(block.weights, x)
-            x = x + (w.share if mask is None else part(mask, 1.0, w.share)) * f
-        yield block.name, x
-    yield "head", pooled_head(w.at("head"), x)
+    def transition(block: Block, x: Tensor) -> tuple[Tensor, None]:
+        return projection(block.weights, x, 2) + preactivation(block.weights, x, 2), None
+
+    def layer(block: Block, x: Tensor, before: Any) -> Tensor:
+        share = w.share if block.drawn is None else part(block.drawn, 1.0, w.share)
+        return x + share * preactivation(block.weights, x)
+
+    return loop(w, images, [(arguments["depth"] - 2) // 6] * 3, layer, {"transition": transition}, draw=draw)
 
 
 def neural_sde(w: Weights, arguments: Arguments, images: Tensor) -> Iterator[Layer]:
