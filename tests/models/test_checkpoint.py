@@ -300,8 +300,10 @@ print(tuple(continuum.load({path!r})(torch.zeros(1, 1, 28, 28)).shape))
 """
 
 
-def test_the_library_needs_torch_torchdiffeq_and_torchsde_only(path):
+def test_the_library_needs_torch_only(path):
+    """And torchdiffeq and torchsde for the solvers that are theirs."""
     extras = {"pytorch_lightning", "lightning", "torchvision", "torchmetrics", "matplotlib", "sklearn", "rich", "jsonargparse"}
+    extras |= {"torchdiffeq", "torchsde"}
     code = WITHOUT_EXTRAS.format(extras=extras, path=str(path))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "(1, 10)", done.stderr
