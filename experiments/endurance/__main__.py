@@ -2,13 +2,14 @@
 
     OMP_NUM_THREADS=1 python -m experiments.endurance --out experiments/endurance/results/endurance.json
 
-takes about an hour on one core. Each part counts what it should not have seen; `--share 0.01` tries all of it out.
+takes about an hour on one core, and goes on where it was interrupted. Each part counts what it should not have seen; `--share 0.01` tries all of it out.
 """
 
 import argparse
 import contextlib
 import gc
 import io
+import json
 import os
 import random
 import resource
@@ -190,11 +191,11 @@ def alive() -> int:
 
 PARTS: dict[str, tuple[Callable[[int], Counter[str]], int]] = {
     "texts of solvers": (texts, 20_000),
-    "configurations": (configurations, 2_000),
     "damaged files": (damaged_files, 4_000),
     "files that state what is not so": (hostile_files, 1_000),
     "kills with resume": (kills, 100),
     "solves": (solves, 10_000),
+    "configurations": (configurations, 2_000),
 }
 
 
@@ -230,9 +231,11 @@ def main() -> None:
     parser.add_argument("--publish", action="store_true", help="put the table into docs/reliability.md")
     options = parser.parse_args()
     out, root = options.out.resolve(), Path.cwd()
-    content: dict[str, Any] = {"machine": machine(), "parts": {}}
+    content: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"machine": machine(), "parts": {}}
     with trained():
         for name, (part, count) in PARTS.items():
+            if name in content["parts"]:  # from an interrupted call
+                continue
             start, count = time.perf_counter(), max(2, round(options.share * count))
             found = part(count)
             ended = ", ".join(f"{number:,} {way}" for way, number in found.most_common())

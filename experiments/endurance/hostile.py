@@ -49,6 +49,9 @@ VALUES += (
 ODD: tuple[Any, ...] = (10**9, -1, -(2**63), 10**400, 1e308, float("nan"), float("inf"), True, None, "", "x", [], {})
 ODD += ([[[[1]]]], [0] * 50_000, "A" * 2_000_000, b"bytes", 600_000_000, f"{PLANTED}.evil")
 ODD += ({"class_path": f"{PLANTED}.Evil"}, f"!!python/object:{PLANTED}.Evil")
+OWN = (*(str(value)[:50] for value in ODD if PLANTED not in str(value) and value not in (10**9, 600_000_000)), "2", "0.5")
+"""A configuration is the user's own: it may name modules, and widths that fill the memory."""
+
 ARGUMENTS = ("width", "stages", "solver", "in_channels", "new", "downsample")
 
 
@@ -92,8 +95,7 @@ def configuration(draw: random.Random) -> str:
         "trainer.max_epochs": "1",
     }
     for name in draw.sample(sorted(options), draw.randrange(1, 3)):
-        # Not the planted module: a configuration is the user's own, and may name what it wants.
-        options[name] = draw.choice([*SCALARS, *(str(value)[:50] for value in ODD if PLANTED not in str(value)), "2", "0.5"])
+        options[name] = draw.choice([*SCALARS, *OWN])
     if draw.random() < 0.2:
         options["lots"] = bomb()
     lines, above = [], []
