@@ -95,7 +95,7 @@ def scheme_errors(
     counts = _checked_counts(per_layer, "steps a layer")
     field, x = copied(flow.drift().field), x.double()
     flows = [Flow(field, FixedStep(scheme, h=1 / m), flow.depth) for m in counts]
-    exact = _reference(field, x, flow.depth) if reference is None else reference
+    exact = reference or _reference(field, x, flow.depth)
     errors = tuple(_distance(solved(x), exact.end) for solved in flows)
     return Convergence(str(scheme), counts, errors, scheme.order, SAFE * exact.tolerance)
 

@@ -243,11 +243,7 @@ class Function(Field):
 
 
 def as_field(field: nn.Module, whole: str) -> Field:
-    """The field itself; a module of (t, x) as a `Function`.
-
-    Raises:
-        TypeError: something else, which `whole` would be made of.
-    """
+    """The field itself; a module of (t, x) as a `Function`; TypeError for anything else, of which `whole` would be made."""
     if isinstance(field, Field):
         return field
     if isinstance(field, nn.Module) and _takes_two(field.forward):
@@ -260,16 +256,15 @@ def as_field(field: nn.Module, whole: str) -> Field:
 
 def _takes_two(function: Callable[..., Any]) -> bool:
     """Whether a call needs two positional arguments."""
-    signature = inspect.signature(function)
-    try:
-        signature.bind(None, None)
-    except TypeError:
-        return False
-    try:
-        signature.bind(None)
-    except TypeError:
+
+    def takes(*arguments: None) -> bool:
+        try:
+            inspect.signature(function).bind(*arguments)
+        except TypeError:
+            return False
         return True
-    return False
+
+    return takes(None, None) and not takes(None)
 
 
 class PostActivation(Field):
@@ -404,11 +399,7 @@ class Momentum(Field):
 
 
 def as_part(part: nn.Module, whole: str) -> Field:
-    """`part` as a field that is smooth in depth.
-
-    Raises:
-        TypeError: it is no field, or jumps, and `whole` could not be made of it.
-    """
+    """`part` as a field that is smooth in depth; TypeError if it is no field, or jumps, and `whole` is not made of such."""
     part = as_field(part, whole)
     if part.knots:
         raise TypeError(f"{whole} is made of fields that are smooth in depth; this {type(part).__name__} jumps at {part.knots}")
@@ -416,11 +407,7 @@ def as_part(part: nn.Module, whole: str) -> Field:
 
 
 def checked(slope: State, x: State) -> State:
-    """`slope`, if it has the shape of the state; otherwise adding it would broadcast silently.
-
-    Raises:
-        ValueError: another shape.
-    """
+    """`slope`; ValueError unless it has the shape of the state, or adding it would broadcast silently."""
     if slope.shape != x.shape:
         raise ValueError(
             f"the field returned shape {tuple(slope.shape)} for a state of shape {tuple(x.shape)}: dx/dt has the shape of x"

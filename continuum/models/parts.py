@@ -50,11 +50,7 @@ def doubling(channels: int, stages: int) -> list[int]:
 
 
 def grouped(outputs: int, groups: int, group_width: int) -> int:
-    """The channels inside a ResNeXt bottleneck: groups x group_width where it has 64 outside / 4, and in proportion.
-
-    Raises:
-        ValueError: no group, or groups without a channel.
-    """
+    """The channels inside a ResNeXt bottleneck: groups x group_width where it has 64 outside / 4, and in proportion."""
     channels = outputs // 4 * group_width // 64
     if groups < 1:
         raise ValueError(f"the number of groups (cardinality) is at least 1, not {groups}")
@@ -96,8 +92,7 @@ class Augment(nn.Module):
 class ConvStem(nn.Module):
     """conv-BN-ReLU; with `pool`, the 7x7 convolution and 3x3 max pooling of ImageNet networks, to a quarter of the size.
 
-    Raises:
-        ValueError: on images of less than `smallest` pixels, where what follows takes no smaller ones.
+    Images of less than `smallest` pixels are refused, where what follows takes no smaller ones.
     """
 
     def __init__(self, in_channels: int, channels: int, pool: bool, smallest: int = 1) -> None:
@@ -117,11 +112,7 @@ class ConvStem(nn.Module):
 
 
 class MNISTStem(nn.Sequential):
-    """Three convolutions with GroupNorm and ReLU between them, to a quarter of the size (arXiv 1806.07366).
-
-    Raises:
-        ValueError: on images of less than 10 x 10 pixels.
-    """
+    """Three convolutions, GroupNorm and ReLU between them, to a quarter of the size: 10 x 10 or more (arXiv 1806.07366)."""
 
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__(
@@ -202,9 +193,6 @@ class ShiftedPaths(nn.Module):
     """The shortcut of shake-shake's blocks that change channels: ReLU, two paths to half of them each, BN (arXiv 1705.07485).
 
     A path is a 1x1 convolution of every `stride`-th pixel; the second sees the image moved by one pixel to the right and down.
-
-    Raises:
-        ValueError: an odd number of `out_channels`.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 2) -> None:
@@ -221,11 +209,7 @@ class ShiftedPaths(nn.Module):
 
 
 def added_channels(in_channels: int, out_channels: int) -> tuple[int, int]:
-    """How many channels of zeros to put before and behind.
-
-    Raises:
-        ValueError: there would be fewer channels than before.
-    """
+    """How many channels of zeros to put before and behind; ValueError if there would be fewer than before."""
     added = out_channels - in_channels
     if added < 0:
         raise ValueError(f"zeros can be added to channels, not taken away: {in_channels} to {out_channels}")
@@ -345,11 +329,7 @@ class Positions(nn.Module):
 
 
 class Downsample(nn.Module):
-    """A transition without a residual: a convolution that halves height and width between two flows.
-
-    Raises:
-        ValueError: on states of less than `smallest` pixels, where what follows takes no smaller ones.
-    """
+    """A transition without a residual: a convolution that halves states of `smallest` or more pixels between two flows."""
 
     def __init__(self, in_channels: int, out_channels: int, norm: nn.Module, smallest: int = 1) -> None:
         super().__init__()
@@ -363,11 +343,7 @@ class Downsample(nn.Module):
 
 
 def post_transition(in_channels: int, branch: nn.Module, out_channels: int, stride: int, shortcut: str) -> Transition:
-    """The post-activation step relu(P(x) + F(x)), with shortcut "A" or "B".
-
-    Raises:
-        ValueError: another shortcut.
-    """
+    """The post-activation step relu(P(x) + F(x)), with shortcut "A" or "B"."""
     if shortcut not in ("A", "B"):
         raise ValueError(f"shortcut is 'A' (subsampling, zero channels) or 'B' (1x1 convolution), not {shortcut!r}")
     projection = Subsample(in_channels, out_channels) if shortcut == "A" else ConvNorm(in_channels, out_channels, stride)

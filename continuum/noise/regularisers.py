@@ -307,11 +307,7 @@ class Dropout(StochasticField):
 
 
 def _noiseless(field: nn.Module, whole: str) -> Field:
-    """`field` as one that can be given noise.
-
-    Raises:
-        TypeError: it cannot.
-    """
+    """`field` as one that can be given noise; TypeError if it cannot."""
     field = as_field(field, whole)
     if field.friction()[1] is not None:
         raise TypeError(f"Momentum holds the noise inside: write Momentum({whole}(field, ...)), not the reverse")

@@ -243,11 +243,7 @@ def check_adaptable(solver: Solver, depths: Sequence[float]) -> None:
 
 
 def _per_layer(solver: Solver) -> int:
-    """The number of steps in the first layer.
-
-    Raises:
-        ValueError: no step ends at depth 1.
-    """
+    """The number of steps in the first layer; ValueError if none ends at depth 1."""
     return len(cast(Sequence[Step], solver.steps(0.0, 1.0)))
 
 
@@ -305,11 +301,6 @@ def more_precise(solver: Solver) -> FixedStep:
 def tighter(solver: Adaptive) -> Adaptive:
     """dopri5 with a fifth of the tolerances for a pair of lower order, the pair itself with a tenth otherwise."""
     low = solver.method in ("fehlberg2", "adaptive_heun", "bosh3")
-    share = 5 if low else 10
-    return replace(
-        solver,
-        method="dopri5" if low else solver.method,
-        rtol=solver.rtol / share,
-        atol=solver.atol / share,
-        max_evaluations=10 * solver.max_evaluations,
-    )
+    method, share = ("dopri5", 5) if low else (solver.method, 10)
+    budget = 10 * solver.max_evaluations
+    return replace(solver, method=method, rtol=solver.rtol / share, atol=solver.atol / share, max_evaluations=budget)

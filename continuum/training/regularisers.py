@@ -48,11 +48,7 @@ class DepthSmoothness:
 
 
 def flows_in_depth(network: Network) -> dict[int, Field]:
-    """The fields whose weights are functions of depth, by the place of their flow among the flows.
-
-    Raises:
-        TypeError: there is none.
-    """
+    """The fields whose weights are functions of depth, by the place of their flow among the flows; TypeError without any."""
     fields = {i: flow.field for i, flow in enumerate(network.flows) if flow.field.expanded() is not None}
     if not fields:
         raise TypeError(
