@@ -356,9 +356,9 @@ def post_transition(in_channels: int, branch: nn.Module, out_channels: int, stri
 class PooledHead(nn.Module):
     """norm-ReLU, average over height and width, linear: (batch, channels, height, width) to (batch, classes)."""
 
-    def __init__(self, norm: nn.Module, channels: int, num_classes: int) -> None:
+    def __init__(self, channels: int, num_classes: int, norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> None:
         super().__init__()
-        self.norm = norm
+        self.norm = norm(channels)
         self.linear = nn.Linear(channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -366,11 +366,11 @@ class PooledHead(nn.Module):
 
 
 class PlainHead(nn.Module):
-    """`pool` to one pixel, linear: the head behind post-activation blocks."""
+    """Average over height and width, or another `pool` to one pixel, linear: the head behind post-activation blocks."""
 
-    def __init__(self, pool: nn.Module, channels: int, num_classes: int) -> None:
+    def __init__(self, channels: int, num_classes: int, pool: nn.Module | None = None) -> None:
         super().__init__()
-        self.pool = pool
+        self.pool = pool or WholeAverage()
         self.linear = nn.Linear(channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
