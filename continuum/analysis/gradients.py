@@ -6,7 +6,6 @@ Its gradient at the end is c / batch under every solver, so that an error is one
 
 import copy
 import math
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from continuum.analysis.convergence import tightest
-from continuum.analysis.memory import peak_memory
+from continuum.analysis.memory import peak_memory, seconds_of
 from continuum.fields import Field
 from continuum.flow import Flow
 from continuum.schemes import ReversibleScheme
@@ -89,7 +88,7 @@ def _row(flow: Flow, x: State, weights: Tensor, exact: Tensor | None, reference:
         with counted(flow.field, count):
             memory = peak_memory(partial(solve, count), x.device) / 2**20
         _zero_gradients(flow)
-        seconds = _timed(solve, x.device)
+        seconds = seconds_of(solve, x.device)
     except SolveError as error:
         return GradientRow(str(flow.solver), None, None, 0, 0, math.nan, math.nan, str(error))
     error, step_error = (None if other is None else _distance(_gradient(flow), other) for other in (exact, reference))
@@ -147,16 +146,6 @@ def _exact(flow: Flow, x: State, weights: Tensor) -> Tensor | None:
 
 def _distance(gradient: Tensor, reference: Tensor) -> float:
     return float((gradient - reference).norm() / reference.norm())
-
-
-def _timed(solve: partial[None], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    solve()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 @dataclass
