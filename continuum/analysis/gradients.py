@@ -138,7 +138,7 @@ def _exact(flow: Flow, x: State, weights: Tensor) -> Tensor | None:
     """
     double, x = copy.deepcopy(flow).double(), x.double()
     try:
-        solver, _ = tightest(double, x)
+        solver = tightest(double, x).solver
     except SolveError:
         return None
     return _unless_it_fails(double.with_solver(replace(solver, gradient="checkpoint")), x, weights)

@@ -9,7 +9,7 @@ from torch.nn.functional import avg_pool2d, pad
 
 from continuum.fields import Field, PreActivation
 from continuum.fields.base import in_mode_of
-from continuum.fields.branches import conv1x1, conv3x3, group_norm
+from continuum.fields.branches import conv1x1, conv3x3, convolution, group_norm
 from continuum.flow import Flow
 from continuum.noise.base import noise_of
 from continuum.solvers import Solver
@@ -98,11 +98,7 @@ class ConvStem(nn.Module):
     def __init__(self, in_channels: int, channels: int, pool: bool, smallest: int = 1) -> None:
         super().__init__()
         self.smallest = smallest
-        if pool:
-            self.conv = nn.Conv2d(in_channels, channels, 7, stride=2, padding=3, bias=False)
-            nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
-        else:
-            self.conv = conv3x3(in_channels, channels)
+        self.conv = convolution(in_channels, channels, 7, stride=2) if pool else conv3x3(in_channels, channels)
         self.norm = nn.BatchNorm2d(channels)
         self.pool = nn.MaxPool2d(3, stride=2, padding=1) if pool else nn.Identity()
 
