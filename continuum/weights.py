@@ -1,10 +1,5 @@
 """Weights as functions of depth, theta(t): fields made of fields.
 
-| class               | theta(t)                                 |
-| ------------------- | ---------------------------------------- |
-| `PiecewiseConstant` | theta_floor(t)                           |
-| `Expansion`         | sum_k phi_k(t) theta_k, on a basis phi   |
-
 `depth_smoothness` measures how fast theta changes: int |d theta / ds|^2 ds + tau |theta(0)|^2 on the depths s in [0, 1].
 """
 

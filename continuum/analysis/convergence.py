@@ -153,9 +153,6 @@ def deep_limit(field: Field, x: State, layers: Sequence[int] = (8, 16, 32, 64, 1
     return Convergence("deep limit", counts, errors, 1, SAFE * exact.tolerance)
 
 
-# Parts
-
-
 F = TypeVar("F", bound=Field)
 
 

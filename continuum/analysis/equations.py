@@ -267,9 +267,6 @@ def method_of(scheme: Scheme, k: float | None = None) -> LinearMultistep | OneSt
     )
 
 
-# Growth on x' = rate x
-
-
 def dominant_rate(method: LinearMultistep | OneStep, rate: complex, h: float) -> complex:
     """log(r) / h for the largest root r of a step on x^(power) = rate x: how fast the steps really grow; -inf for r = 0.
 
@@ -291,9 +288,6 @@ def modified_rate(method: LinearMultistep | OneStep, rate: complex, h: float, te
     -2.06389
     """
     return method.modified_rate(rate, h, terms)
-
-
-# Trees
 
 
 def differential(tree: Tree) -> str:
@@ -327,9 +321,6 @@ def _defect(exact: Tableau, nodes: int) -> dict[Tree, Fraction]:
     """c(tau) of the trees with so many nodes where it is not zero."""
     found = {tree: (_weight(exact, tree) - Fraction(1, density(tree))) / symmetry(tree) for tree in rooted_trees(nodes)}
     return {tree: c for tree, c in found.items() if c}
-
-
-# Numbers and text
 
 
 def _exact(number: Coefficient) -> "sympy.Expr":

@@ -28,8 +28,6 @@ SDE = EulerMaruyama("brownian")
 CONFIDENCE = 1.96
 """Standard errors in the half-width of a 95% interval."""
 
-# Closed forms
-
 
 def linear_moment(
     field: StochasticField, scheme: StochasticScheme, rates: Sequence[float], steps: int, power: int, depth: float = 1.0
@@ -67,9 +65,6 @@ def _check_constant(field: StochasticField, depth: float) -> None:
         raise ValueError(
             f"the law of this {type(field).__name__} varies with depth: closed forms are for one law at all depths"
         )
-
-
-# Common noise
 
 
 @dataclass

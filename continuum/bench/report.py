@@ -124,8 +124,6 @@ def _version(name: str) -> str | None:
         return None
 
 
-# Summary
-
 Values: TypeAlias = Mapping[str, Sequence[float]]
 """A measure by each library, on each of the fields."""
 

@@ -87,9 +87,6 @@ class Plan:
     images: int = 128
 
 
-# Comparisons
-
-
 @dataclass(frozen=True)
 class Way:
     """Something to time, how many evaluations it takes, and the name of the way that takes evaluations alone."""
@@ -130,9 +127,6 @@ def ratio(ratios: list[float]) -> Row:
     """The median and the quartiles."""
     first, middle, third = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
     return {"ratio": middle, "quartiles": [first, third]}
-
-
-# Ways
 
 
 def ours(gradient: Literal["direct", "checkpoint", "adjoint"] = "direct") -> MakeFlowMap:
@@ -177,9 +171,6 @@ def trained(solve: FlowMap, field: Field, x: State, loss: Loss) -> Run:
         loss(solve(x)).backward()
 
     return run
-
-
-# Measures
 
 
 def forward(problem: Problem, plan: Plan, device: torch.device) -> Row:

@@ -71,9 +71,6 @@ def blocks_of(depth: int, layers: int) -> list[int]:
     return [blocks] * 3
 
 
-# Stems
-
-
 class Augment(nn.Module):
     """A stem that appends `channels` zeros to axis 1: a flow can go around in dimensions the data does not have
     (arXiv 1904.01681), and a second-order field finds its velocities there.
@@ -134,9 +131,6 @@ def refuse_smaller(images: Tensor, smallest: int, advice: str = "") -> None:
             f"images of {height} x {width} pixels shrink to one pixel here, of which GroupNorm leaves signs only: at least "
             f"{smallest} x {smallest} are needed{advice}"
         )
-
-
-# Shortcuts and transitions
 
 
 class Projection(nn.Module):
@@ -344,9 +338,6 @@ def post_transition(in_channels: int, branch: nn.Module, out_channels: int, stri
         raise ValueError(f"shortcut is 'A' (subsampling, zero channels) or 'B' (1x1 convolution), not {shortcut!r}")
     projection = Subsample(in_channels, out_channels) if shortcut == "A" else ConvNorm(in_channels, out_channels, stride)
     return Transition(projection, branch, nn.ReLU())
-
-
-# Heads
 
 
 class PooledHead(nn.Module):

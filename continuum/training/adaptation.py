@@ -1,11 +1,4 @@
-"""What to follow and to adapt in depth while Lightning runs: smoothness, frictions, and the step of the solver.
-
-| callback       | what it does                                                                    |
-| -------------- | ------------------------------------------------------------------------------- |
-| `LogSmoothness`| logs int |d theta / ds|^2 ds + tau |theta(0)|^2 of every flow                     |
-| `KeepFriction` | keeps the k of every layer of LM-ResNet, epoch by epoch                         |
-| `AdaptStep`    | h/2 where the accuracy of the network depends on h, about 1.1 h where it does not |
-"""
+"""What to follow and to adapt in depth while Lightning runs: smoothness, frictions, and the step of the solver."""
 
 import math
 from collections.abc import Sequence
