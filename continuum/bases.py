@@ -3,7 +3,7 @@
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar, TypeAlias
@@ -103,11 +103,7 @@ class Chebyshev(Basis):
     """
 
     def terms(self, t: float) -> Terms:
-        s = 2 * t / self.depth - 1
-        values = [1.0, s]
-        for k in range(1, self.size - 1):
-            values.append(2 * s * values[k] - values[k - 1])
-        return _not_zero(values[: self.size])
+        return _recurred(self, t, lambda k, s, value, before: 2 * s * value - before)
 
 
 @dataclass(frozen=True)
@@ -119,11 +115,7 @@ class Legendre(Basis):
     """
 
     def terms(self, t: float) -> Terms:
-        s = 2 * t / self.depth - 1
-        values = [1.0, s]
-        for k in range(1, self.size - 1):
-            values.append(((2 * k + 1) * s * values[k] - k * values[k - 1]) / (k + 1))
-        return _not_zero(values[: self.size])
+        return _recurred(self, t, lambda k, s, value, before: ((2 * k + 1) * s * value - k * before) / (k + 1))
 
 
 @dataclass(frozen=True)
@@ -161,6 +153,14 @@ class Box(Basis):
         return self.size * theta.diff(dim=0).square().sum()
 
 
+def _recurred(basis: Basis, t: float, following: Callable[[int, float, float, float], float]) -> Terms:
+    """Polynomials P_0 = 1, P_1 = s, P_{k+1} = following(k, s, P_k, P_{k-1}) at s = 2 t / depth - 1."""
+    values = [1.0, s := 2 * t / basis.depth - 1]
+    for k in range(1, basis.size - 1):
+        values.append(following(k, s, values[k], values[k - 1]))
+    return _not_zero(values[: basis.size])
+
+
 def _not_zero(values: Sequence[float]) -> Terms:
     return [(k, value) for k, value in enumerate(values) if value]
 
@@ -186,10 +186,10 @@ def projection(old: Basis, new: Basis) -> Tensor:
     Nearest in L2[0, depth]: least squares over the points of a Gauss-Legendre rule on each piece between knots. The more
     functions oscillate over the whole depth, the more points.
     """
-    rule = _gauss_legendre(32 + 2 * max([basis.size for basis in (old, new) if not basis.knots], default=0))
+    rule = gauss_legendre(32 + 2 * max([basis.size for basis in (old, new) if not basis.knots], default=0))
     pieces = list(pairwise([0.0, *sorted({*old.knots, *new.knots}), old.depth]))
     points = [(start + stop + (stop - start) * s) / 2 for start, stop in pieces for s, _ in rule]
-    roots = [math.sqrt((stop - start) * weight) for start, stop in pieces for _, weight in rule]
+    roots = [math.sqrt((stop - start) * 2 * weight) for start, stop in pieces for _, weight in rule]
     scale = torch.tensor(roots, dtype=torch.float64, device="cpu")[:, None]
     return torch.linalg.lstsq(scale * _sampled(new, points), scale * _sampled(old, points)).solution
 
@@ -220,9 +220,13 @@ def _sampled(basis: Basis, points: Sequence[float]) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64, device="cpu")
 
 
-def _gauss_legendre(points: int) -> list[tuple[float, float]]:
-    """Nodes and weights on [-1, 1], exact for polynomials of degree 2 points - 1 (Golub and Welsch, 1969)."""
+def gauss_legendre(points: int) -> list[tuple[float, float]]:
+    """Nodes on [-1, 1] and weights of sum one, exact for polynomials of degree 2 points - 1."""
     k = torch.arange(1, points, dtype=torch.float64, device="cpu")
-    beside = k / (4 * k**2 - 1).sqrt()
+    return gauss(k / (4 * k**2 - 1).sqrt())
+
+
+def gauss(beside: Tensor) -> list[tuple[float, float]]:
+    """Nodes and weights of the Gauss rule whose orthogonal polynomials have this recurrence (Golub and Welsch, 1969)."""
     nodes, vectors = torch.linalg.eigh(beside.diag(1) + beside.diag(-1))
-    return list(zip(nodes.tolist(), (2 * vectors[0] ** 2).tolist(), strict=True))
+    return list(zip(nodes.tolist(), (vectors[0] ** 2).tolist(), strict=True))

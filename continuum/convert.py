@@ -165,9 +165,6 @@ def to_checkpoint(network: Network, path: str | os.PathLike[str]) -> None:
         torch.save(weights, temporary)
 
 
-# Names and sizes
-
-
 def _names(network: Network, spelling: Spelling) -> dict[str, str]:
     """Their name of each of our modules with weights, in the order of their state dict."""
     names = {"stem.conv": "conv1", "stem.norm": "bn1"}
@@ -256,9 +253,6 @@ def _new_torchvision(arguments: Mapping[str, Any]) -> ResNet:
     return model
 
 
-# What stands in the way
-
-
 def _check(network: Network, builders: tuple[str, ...]) -> None:
     """Refuse a network that is not a discrete one of these builders, as they left it."""
     blueprint = network.blueprint
@@ -326,9 +320,6 @@ def _faults(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> li
 def _form(tensor: Tensor) -> str:
     """Shape and kind of numbers; of floating-point ones any will do."""
     return f"{tuple(tensor.shape)}" if tensor.is_floating_point() else f"{tuple(tensor.shape)} {tensor.dtype}"
-
-
-# Files
 
 
 def _state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:

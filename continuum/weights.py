@@ -1,10 +1,5 @@
 """Weights as functions of depth, theta(t): fields made of fields.
 
-| class               | theta(t)                                 |
-| ------------------- | ---------------------------------------- |
-| `PiecewiseConstant` | theta_floor(t)                           |
-| `Expansion`         | sum_k phi_k(t) theta_k, on a basis phi   |
-
 `depth_smoothness` measures how fast theta changes: int |d theta / ds|^2 ds + tau |theta(0)|^2 on the depths s in [0, 1].
 """
 
@@ -62,11 +57,8 @@ class Expansion(Field):
             raise ValueError(f"{basis} needs {basis.size} fields, one a coefficient, or a single one; got {len(fields)}")
         _check_one_kind(fields)
         self.field = copy.deepcopy(fields[0])
-        self.norms = tuple(
-            name
-            for name, module in self.field.named_modules()
-            if isinstance(module, BatchNorm) and module.running_mean is not None
-        )
+        norms = {name: module for name, module in self.field.named_modules() if isinstance(module, BatchNorm)}
+        self.norms = tuple(name for name, norm in norms.items() if norm.running_mean is not None)
         self._set_basis(basis)
         if one:
             _replace(self.field, self.norms, lambda name, tensor: _constant(tensor, basis))
@@ -151,18 +143,24 @@ class Expansion(Field):
 
 def _check_one_kind(fields: Sequence[Field]) -> None:
     """Raise ValueError if these fields could not be one with other weights."""
+    _check_shapes([dict(field.named_parameters()) for field in fields], "the coefficients are fields of one kind", "field")
     for index, field in enumerate(fields):
-        shapes, first = ({name: tuple(p.shape) for name, p in f.named_parameters()} for f in (field, fields[0]))
-        for name in [*first, *shapes]:
-            if shapes.get(name) != first.get(name):
-                raise ValueError(
-                    f"the coefficients are fields of one kind: parameter {name} has shape {first.get(name, 'none')} in field 0 "
-                    f"and {shapes.get(name, 'none')} in field {index}"
-                )
         for one, other in zip(str(fields[0]).splitlines(), str(field).splitlines(), strict=False):
             if one != other:
                 raise ValueError(
                     f"the coefficients are fields of one kind: field 0 has {one.strip()}, field {index} {other.strip()}"
+                )
+
+
+def _check_shapes(fields: Sequence[dict[str, Tensor]], rule: str, part: str) -> None:
+    """Raise ValueError, with the rule, unless all fields have tensors of the same names and shapes."""
+    kinds = [{name: tuple(tensor.shape) for name, tensor in field.items()} for field in fields]
+    for index, kind in enumerate(kinds):
+        for name in [*kinds[0], *kind]:
+            if kind.get(name) != kinds[0].get(name):
+                raise ValueError(
+                    f"{rule}: parameter {name} has shape {kinds[0].get(name, 'none')} in {part} 0 and "
+                    f"{kind.get(name, 'none')} in {part} {index}"
                 )
 
 
@@ -269,9 +267,8 @@ class PiecewiseConstant(Field):
         return self.mapped(lambda layer: layer.scaled(scale))
 
     def divided(self, k: int) -> Field:
-        return in_mode_of(
-            self, PiecewiseConstant(copy.deepcopy(layer).scaled(1 / k) for layer in self.pieces() for _ in range(k))
-        )
+        copies = [copy.deepcopy(layer).scaled(1 / k) for layer in self.pieces() for _ in range(k)]
+        return in_mode_of(self, PiecewiseConstant(copies))
 
     def project(self, basis: Basis) -> Expansion:
         """The expansion whose theta(t) is nearest to these steps in the norm of L2[0, n]; running statistics too.
@@ -341,12 +338,5 @@ def depth_smoothness(field: Field, tau: float = 1.0) -> Tensor:
 
 def _stacked(layers: Sequence[dict[str, Tensor]]) -> list[Tensor]:
     """Each parameter of all layers as one tensor, (layers, *shape)."""
-    kinds = [{name: tuple(tensor.shape) for name, tensor in layer.items()} for layer in layers]
-    for index, kind in enumerate(kinds):
-        for name in [*kinds[0], *kind]:
-            if kind.get(name) != kinds[0].get(name):
-                raise ValueError(
-                    f"layers are compared if they are of one kind: parameter {name} has shape {kinds[0].get(name, 'none')} in "
-                    f"layer 0 and {kind.get(name, 'none')} in layer {index}"
-                )
+    _check_shapes(layers, "layers are compared if they are of one kind", "layer")
     return [torch.stack([layer[name] for layer in layers]) for name in layers[0]]

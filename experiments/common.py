@@ -21,7 +21,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import Tensor
 
 import continuum
 from continuum import Flow
@@ -210,4 +210,4 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 
 def single_flow(flow: Flow, width: int, num_classes: int = 10) -> continuum.Network:
     """A network of one flow between a stem, which takes images of three colours to a quarter of their size, and a head."""
-    return continuum.Network(MNISTStem(3, width), [flow], PooledHead(nn.BatchNorm2d(width), width, num_classes))
+    return continuum.Network(MNISTStem(3, width), [flow], PooledHead(width, num_classes))

@@ -3,7 +3,6 @@
 import math
 import os
 import statistics
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from continuum import files
-from continuum.analysis.memory import peak_memory
+from continuum.analysis.memory import peak_memory, seconds_of
 from continuum.models import Network
 from continuum.models.failure import not_finite
 from continuum.noise import noise_only
@@ -147,18 +146,13 @@ def _run(network: Network, batches: Sequence[tuple[Tensor, Tensor]], device: tor
     first = batches[0][0]
     row.memory = peak_memory(lambda: network(first), device) / 2**20  # also warms up
     row.grids = [list(flow.cost.grid) for flow in network.flows if flow.cost]
-    logits, times, costs = [], [], []
+    logits: list[Tensor] = []
+    times, counts = [], torch.zeros(3, dtype=torch.float64)
     for images, _ in batches:
-        start = time.perf_counter()
-        logits.append(network(images))
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(1000 * (time.perf_counter() - start) / len(images))
-        total = [flow.cost for flow in network.flows if flow.cost]
-        counts = [sum(c.evaluations for c in total), sum(c.accepted for c in total), sum(c.rejected for c in total)]
-        costs.append((len(images), counts))
-    samples = sum(size for size, _ in costs)
-    row.evaluations, row.accepted, row.rejected = (sum(size * counts[i] for size, counts in costs) / samples for i in range(3))
+        times.append(1000 * seconds_of(lambda images=images: logits.append(network(images)), device) / len(images))
+        for cost in (flow.cost for flow in network.flows if flow.cost):
+            counts += len(images) * torch.tensor([cost.evaluations, cost.accepted, cost.rejected])
+    row.evaluations, row.accepted, row.rejected = (counts / sum(map(len, logits))).tolist()
     row.milliseconds = statistics.median(times)
     if broken := rows_not_finite(found := torch.cat(logits)):
         raise not_finite(f"the logits of {len(broken)} of {len(found)} images are")

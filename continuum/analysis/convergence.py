@@ -64,10 +64,14 @@ def order(steps: Sequence[int], errors: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class Reference:
-    """The end x(depth) of a flow in float64, solved to this tolerance."""
+    """The end x(depth) of a flow in float64, and what solved it."""
 
     end: State
-    tolerance: float
+    solver: Adaptive
+
+    @property
+    def tolerance(self) -> float:
+        return self.solver.rtol
 
 
 @torch.no_grad()
@@ -95,7 +99,7 @@ def scheme_errors(
     counts = _checked_counts(per_layer, "steps a layer")
     field, x = copied(flow.drift().field), x.double()
     flows = [Flow(field, FixedStep(scheme, h=1 / m), flow.depth) for m in counts]
-    exact = _reference(field, x, flow.depth) if reference is None else reference
+    exact = reference or reference_end(flow, x)
     errors = tuple(_distance(solved(x), exact.end) for solved in flows)
     return Convergence(str(scheme), counts, errors, scheme.order, SAFE * exact.tolerance)
 
@@ -107,7 +111,7 @@ def reference_end(flow: Flow, x: State) -> Reference:
     Raises:
         SolveError: it is too dear even at 1e-6.
     """
-    return _reference(copied(flow.drift().field), x.double(), flow.depth)
+    return tightest(Flow(copied(flow.drift().field), Adaptive("dopri8"), flow.depth), x.double())
 
 
 def sampled(field: Field, layers: int) -> PiecewiseConstant:
@@ -144,12 +148,9 @@ def deep_limit(field: Field, x: State, layers: Sequence[int] = (8, 16, 32, 64, 1
     counts = _checked_counts(layers, "layers")
     depth = _depth_of_weights(field)
     field, x = copied(field), x.double()
-    exact = _reference(field, x, depth)
+    exact = reference_end(Flow(field, Adaptive("dopri8"), depth), x)
     errors = tuple(_distance(Flow(sampled(field, n), FixedStep(Euler()), n)(x), exact.end) for n in counts)
     return Convergence("deep limit", counts, errors, 1, SAFE * exact.tolerance)
-
-
-# Parts
 
 
 F = TypeVar("F", bound=Field)
@@ -160,25 +161,16 @@ def copied(field: F) -> F:
     return copy.deepcopy(field).double().eval()
 
 
-def _reference(field: Field, x: State, depth: float) -> Reference:
-    """x(depth) at the tightest tolerance that is affordable."""
-    return tightest(Flow(field, Adaptive("dopri8"), depth), x)[1]
-
-
 @torch.no_grad()
-def tightest(flow: Flow, x: State) -> tuple[Adaptive, Reference]:
-    """dopri8 at the tightest tolerance that is affordable on `flow`, and where it leads.
-
-    Raises:
-        SolveError: it is too dear even at the loosest of `TOLERANCES`.
-    """
-    found: tuple[Adaptive, Reference] | None = None
+def tightest(flow: Flow, x: State) -> Reference:
+    """Where dopri8 leads at the tightest tolerance that is affordable on `flow`; SolveError if not even the loosest is."""
+    found: Reference | None = None
     budget = math.ceil(EVALUATIONS * max(1.0, flow.depth))
     for tolerance in TOLERANCES:
         solver = Adaptive("dopri8", tolerance, tolerance, max_evaluations=budget)
         solved = flow.with_solver(solver)
         try:
-            found = solver, Reference(solved(x), tolerance)
+            found = Reference(solved(x), solver)
         except SolveError:
             if found is None:
                 raise

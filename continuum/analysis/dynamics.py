@@ -6,7 +6,6 @@ and in what steps they go: |h f(x_i)| / |x_i| for the states, |theta_{i+1} - the
 """
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -69,15 +68,15 @@ def flow_dynamics(network: Network, images: Images) -> list[Dynamics]:
     network = copy.deepcopy(network).double().eval().requires_grad_(False)
     network = network.drift() if network.stochastic else network
     entering = network.entering(images.double())
-    return [_of_flow(name, flow, *entering[flow]) for name, flow in network.named_flows.items()]
-
-
-def _of_flow(name: str, flow: Flow, x: State, memory: State | None) -> Dynamics:
-    # Whatever is stored for a gradient, the steps are these.
-    flow = flow.frozen(x) if flow.solver.adaptive else flow.with_solver(flow.solver.direct())
-    sigma = largest_singular_values(flow, x, memory)
-    exponent = float(sigma.log().mean()) / flow.depth
-    return Dynamics(name, float(sigma.max()), exponent, _steps(flow, x, memory), _smoothness(flow.field))
+    found = []
+    for name, flow in network.named_flows.items():
+        x, memory = entering[flow]
+        # Whatever is stored for a gradient, the steps are these.
+        flow = flow.frozen(x) if flow.solver.adaptive else flow.with_solver(flow.solver.direct())
+        sigma = largest_singular_values(flow, x, memory)
+        exponent = float(sigma.log().mean()) / flow.depth
+        found.append(Dynamics(name, float(sigma.max()), exponent, _steps(flow, x, memory), _smoothness(flow.field)))
+    return found
 
 
 def largest_singular_values(flow: Flow, x: State, memory: State | None = None) -> Tensor:
@@ -85,7 +84,6 @@ def largest_singular_values(flow: Flow, x: State, memory: State | None = None) -
 
     The flow is in evaluation mode, so that images do not see each other: one vector an image makes one iteration for all.
     """
-
     generator = torch.Generator().manual_seed(0)
     v = _unit(torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x))
     with torch.enable_grad():
@@ -136,22 +134,14 @@ def _steps(flow: Flow, x: State, memory: State | None) -> list[float]:
 
 
 def _smoothness(field: Field) -> list[float]:
-    thetas = _thetas(field)
-    return [float((after - before).norm() / before.norm()) for before, after in pairwise(thetas)]
-
-
-def _thetas(field: Field) -> Sequence[Tensor]:
-    """The weights as one vector at each layer, or at evenly spaced depths; none where depths cannot be compared."""
+    """|theta_{i+1} - theta_i| / |theta_i| from layer to layer or between evenly spaced depths; none without such depths."""
     try:
         found = field.expanded()
     except ValueError:  # layers of several kinds
         return []
     if found is None or not found[1] or found[0].size < 2:
         return []
-    basis, thetas = found
+    basis, weights = found
     depths = [i * basis.depth / (basis.size - 1) for i in range(basis.size)]  # one in each part of a Box, too
-    return [_vector([combined(theta, basis(t)) for theta in thetas]) for t in depths]
-
-
-def _vector(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.flatten() for tensor in tensors])
+    thetas = [torch.cat([combined(weight, basis(t)).flatten() for weight in weights]) for t in depths]
+    return [float((after - before).norm() / before.norm()) for before, after in pairwise(thetas)]

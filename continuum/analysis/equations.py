@@ -80,14 +80,11 @@ class LinearMultistep:
             known = sum((c[i] * sigma[q - i] for i in range(q)), sympy.Integer(0))
             c.append(sympy.cancel((rho[q] - known) / sigma[0]))
         if any(c[: self.power]) or not c[self.power]:
+            begins = next((f"z^{q}" for q, coefficient in enumerate(c) if coefficient), f"z^{len(c)} or later")
             raise ValueError(
-                f"not consistent with an equation of order {self.power}: rho(e^z) begins with {self._beginning(c)}; got "
-                f"alpha={self.alpha}"
+                f"not consistent with an equation of order {self.power}: rho(e^z) begins with {begins}; got alpha={self.alpha}"
             )
         return dict(enumerate(c[self.power :], self.power))
-
-    def _beginning(self, c: Sequence["sympy.Expr"]) -> str:
-        return next((f"z^{q}" for q, coefficient in enumerate(c) if coefficient), f"z^{len(c)} or later")
 
     def leading(self) -> tuple[int, "sympy.Expr"]:
         """(q, c_q) of the first term behind x^(power)."""
@@ -105,8 +102,8 @@ class LinearMultistep:
 
     def __str__(self) -> str:
         q, c = self.leading()
-        first = _term(self.modified(1)[self.power], 0, _derivative(self.power), leads=True)
-        return f"{first}{_term(c, q - self.power, _derivative(q))} = f + O(h^{q - self.power + 1})"
+        first = _term(self.modified(1)[self.power], 0, _primed("x", self.power), leads=True)
+        return f"{first}{_term(c, q - self.power, _primed('x', q))} = f + O(h^{q - self.power + 1})"
 
     def roots(self) -> dict["sympy.Expr", int]:
         """The roots of the characteristic polynomial rho, exact, with their multiplicities."""
@@ -270,9 +267,6 @@ def method_of(scheme: Scheme, k: float | None = None) -> LinearMultistep | OneSt
     )
 
 
-# Growth on x' = rate x
-
-
 def dominant_rate(method: LinearMultistep | OneStep, rate: complex, h: float) -> complex:
     """log(r) / h for the largest root r of a step on x^(power) = rate x: how fast the steps really grow; -inf for r = 0.
 
@@ -294,9 +288,6 @@ def modified_rate(method: LinearMultistep | OneStep, rate: complex, h: float, te
     -2.06389
     """
     return method.modified_rate(rate, h, terms)
-
-
-# Trees
 
 
 def differential(tree: Tree) -> str:
@@ -332,9 +323,6 @@ def _defect(exact: Tableau, nodes: int) -> dict[Tree, Fraction]:
     return {tree: c for tree, c in found.items() if c}
 
 
-# Numbers and text
-
-
 def _exact(number: Coefficient) -> "sympy.Expr":
     import sympy
 
@@ -349,11 +337,7 @@ def _at_exponential(row: Sequence["Coefficient"], q: int) -> "sympy.Expr":
 
 
 def _numbers(row: Sequence["Coefficient"]) -> list[float]:
-    """Coefficients as floats.
-
-    Raises:
-        ValueError: one is a symbol.
-    """
+    """Coefficients as floats; ValueError for a symbol."""
     for c in map(_exact, row):
         if c.free_symbols:
             raise ValueError(f"this needs a number in the place of {c.free_symbols.pop()}: method_of(LinearTwoStep(), k=-0.1)")
@@ -384,10 +368,6 @@ def _checked(points: int) -> int:
 
 def _primed(name: str, count: int) -> str:
     return name + "'" * count if count <= 4 else f"{name}^({count})"
-
-
-def _derivative(order: int) -> str:
-    return _primed("x", order)
 
 
 def _term(c: "sympy.Expr | Fraction", power: int, of: str, leads: bool = False) -> str:

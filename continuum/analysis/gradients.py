@@ -6,9 +6,8 @@ Its gradient at the end is c / batch under every solver, so that an error is one
 
 import copy
 import math
-import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from continuum.analysis.convergence import tightest
-from continuum.analysis.memory import peak_memory
+from continuum.analysis.memory import peak_memory, seconds_of
 from continuum.fields import Field
 from continuum.flow import Flow
 from continuum.schemes import ReversibleScheme
@@ -69,7 +68,7 @@ def compare_gradients(flow: Flow, x: State, solvers: Sequence[Solver]) -> list[G
         raise ValueError("no parameter of this flow requires a gradient: call flow.requires_grad_(True)")
     flow, x = copy.deepcopy(flow).eval(), x.detach()
     weights = _weights(x)
-    approximate = [solver for solver in solvers if not _is_reversible(solver)]
+    approximate = [solver for solver in solvers if not isinstance(scheme_of(solver), ReversibleScheme)]
     exact = _exact(flow, x, weights) if approximate else None
     same_steps: dict[Solver, Tensor | None] = {}
     rows = []
@@ -83,26 +82,17 @@ def compare_gradients(flow: Flow, x: State, solvers: Sequence[Solver]) -> list[G
 
 
 def _row(flow: Flow, x: State, weights: Tensor, exact: Tensor | None, reference: Tensor | None) -> GradientRow:
-    device, counter = x.device, _Counter(flow.field)
-    solve = partial(_backward, flow, x, weights)
+    count, solve = Count(), partial(_backward, flow, x, weights)
     try:
         _zero_gradients(flow)
-        with counter:
-            memory = peak_memory(partial(solve, counter), device) / 2**20
+        with counted(flow.field, count):
+            memory = peak_memory(partial(solve, count), x.device) / 2**20
         _zero_gradients(flow)
-        seconds = _timed(solve, device)
+        seconds = seconds_of(solve, x.device)
     except SolveError as error:
         return GradientRow(str(flow.solver), None, None, 0, 0, math.nan, math.nan, str(error))
-    gradient = _gradient(flow)
-    return GradientRow(
-        str(flow.solver),
-        None if exact is None else _distance(gradient, exact),
-        None if reference is None else _distance(gradient, reference),
-        counter.forward,
-        counter.backward,
-        memory,
-        seconds,
-    )
+    error, step_error = (None if other is None else _distance(_gradient(flow), other) for other in (exact, reference))
+    return GradientRow(str(flow.solver), error, step_error, count.forward, count.backward, memory, seconds)
 
 
 def _weights(x: State) -> Tensor:
@@ -112,12 +102,12 @@ def _weights(x: State) -> Tensor:
     return (drawn / norms / len(x)).to(x.device)
 
 
-def _backward(flow: Flow, x: State, weights: Tensor, counter: "_Counter | None" = None) -> None:
+def _backward(flow: Flow, x: State, weights: Tensor, count: "Count | None" = None) -> None:
     """Add the gradient of the loss to those of the parameters."""
     with torch.enable_grad():
         loss = (flow(x) * weights.to(x.dtype)).sum()
-        if counter is not None:
-            counter.turn()
+        if count is not None:
+            count.turned = True
         loss.backward()
 
 
@@ -148,55 +138,35 @@ def _exact(flow: Flow, x: State, weights: Tensor) -> Tensor | None:
     """
     double, x = copy.deepcopy(flow).double(), x.double()
     try:
-        solver, _ = tightest(double, x)
+        solver = tightest(double, x).solver
     except SolveError:
         return None
     return _unless_it_fails(double.with_solver(replace(solver, gradient="checkpoint")), x, weights)
-
-
-def _is_reversible(solver: Solver) -> bool:
-    return isinstance(scheme_of(solver), ReversibleScheme)
 
 
 def _distance(gradient: Tensor, reference: Tensor) -> float:
     return float((gradient - reference).norm() / reference.norm())
 
 
-def _timed(solve: partial[None], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    solve()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+@dataclass
+class Count:
+    """Evaluations of a field on the way out and, once it has `turned`, on the way back."""
+
+    forward: int = 0
+    backward: int = 0
+    turned: bool = False
+
+    def add(self, module: nn.Module, inputs: object) -> None:
+        self.backward += self.turned
+        self.forward += not self.turned
 
 
-class _Counter(AbstractContextManager["_Counter"]):
-    """Counts the evaluations of a field while it is open: on the way out and, after `turn`, on the way back.
-
-    Schemes may pass over a whole layer to call its parts: of two halves or columns, one evaluation is one of the second.
-    """
-
-    def __init__(self, field: Field) -> None:
-        self.parts = {layer.innermost() for layer in field.pieces()}
-        self.forward = self.backward = 0
-        self.turned = False
-        self.hooks = ExitStack()
-
-    def turn(self) -> None:
-        self.turned = True
-
-    def __enter__(self) -> "_Counter":
-        for part in self.parts:
-            self.hooks.callback(part.register_forward_pre_hook(self._count).remove)
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self.hooks.close()
-
-    def _count(self, module: nn.Module, inputs: object) -> None:
-        if self.turned:
-            self.backward += 1
-        else:
-            self.forward += 1
+@contextmanager
+def counted(field: Field, count: Count) -> Iterator[None]:
+    """Inside the block `count` counts; schemes may pass over a whole layer, so its innermost parts are looked at."""
+    hooks = [part.register_forward_pre_hook(count.add) for part in {layer.innermost() for layer in field.pieces()}]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

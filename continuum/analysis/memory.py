@@ -1,5 +1,6 @@
-"""Peak live memory of a computation: max_memory_allocated on a GPU, a tally of tensor storages on a CPU."""
+"""Peak live memory of a computation, max_memory_allocated on a GPU, a tally of tensor storages on a CPU; and its time."""
 
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -39,14 +40,30 @@ class StorageTally(TorchDispatchMode):
         self.live -= self.known.pop(key, 0)
 
 
+def wait(device: torch.device) -> None:
+    """Let the device finish what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(run: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
+    """The time of so many calls of `run()`, until the device has finished."""
+    wait(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    wait(device)
+    return time.perf_counter() - start
+
+
 def peak_memory(run: Callable[[], object], device: torch.device) -> int:
     """The largest number of bytes that `run()` held at once in tensors it made itself."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        wait(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         run()
-        torch.cuda.synchronize(device)
+        wait(device)
         return torch.cuda.max_memory_allocated(device) - before
     with StorageTally() as tally:
         run()

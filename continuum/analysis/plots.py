@@ -3,7 +3,7 @@
 import io
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -90,14 +90,9 @@ def plot_comparison(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     for index, row in enumerate(solved):
         style = {"marker": MARKERS[index % len(MARKERS)], "color": f"C{index % 10}", "markersize": 7, "linestyle": "none"}
         label = f"{row.solver} (training)" if index == 0 else row.solver
-        bars: dict[str, Any] = {**style, "capsize": 3, "elinewidth": 1}
-        left.errorbar(
-            row.evaluations, 100 * row.accuracy, _bar(row.accuracy_low, row.accuracy, row.accuracy_high), label=label, **bars
-        )
+        _bar(left, row, "accuracy", {**style, "label": label})
         if index:
-            middle.errorbar(
-                row.evaluations, 100 * row.difference, _bar(row.difference_low, row.difference, row.difference_high), **bars
-            )
+            _bar(middle, row, "difference", style)
         if row.logit_difference > 0:
             right.plot(row.evaluations, row.logit_difference, **style)
     left.set_ylabel("accuracy (%)")
@@ -115,9 +110,11 @@ def plot_comparison(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     save(figure, path)
 
 
-def _bar(low: float, value: float, high: float) -> list[list[float]]:
-    """What errorbar takes for an interval, in %; no less than nothing, where the value is not quite inside."""
-    return [[100 * max(value - low, 0.0)], [100 * max(high - value, 0.0)]]
+def _bar(axes: mpl.Axes, row: Row, what: str, style: Mapping[str, Any]) -> None:
+    """A value of the row with its interval, in %; the bars are no less than nothing where the value is not quite inside."""
+    value, low, high = (100 * getattr(row, f"{what}{end}") for end in ("", "_low", "_high"))
+    ends = [[max(value - low, 0.0)], [max(high - value, 0.0)]]
+    axes.errorbar(row.evaluations, value, ends, capsize=3, elinewidth=1, **style)
 
 
 def plot_steps(rows: Sequence[Row], path: str | os.PathLike[str]) -> bool:

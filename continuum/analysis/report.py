@@ -4,6 +4,7 @@ A section is a few sentences, a table and figures, all as numbers; the page and 
 What does not apply to a network is said in its section.
 """
 
+import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -15,7 +16,7 @@ from torch import Tensor
 from continuum.analysis.convergence import Convergence, deep_limit, reference_end, scheme_errors
 from continuum.analysis.cost import tolerance_sweep
 from continuum.analysis.dynamics import flow_dynamics
-from continuum.analysis.equations import method_of
+from continuum.analysis.equations import LinearMultistep, OneStep, method_of
 from continuum.analysis.figures import Axes, Line, Panel
 from continuum.analysis.gradients import compare_gradients
 from continuum.analysis.momentum import frictions
@@ -25,7 +26,7 @@ from continuum.flow import Flow
 from continuum.models import Network
 from continuum.schemes import RK4, Euler, Midpoint, Scheme
 from continuum.schemes.base import scheme_of
-from continuum.solvers import SolveError, Solver, parse
+from continuum.solvers import SolveError, parse
 from continuum.types import Images, State
 
 FEW = 4
@@ -93,69 +94,79 @@ def entered(network: Network, images: Images) -> list[Entry]:
     return [Entry(names[flow], flow, x, memory) for flow, (x, memory) in network.entering(images).items()]
 
 
+Table = Sequence[Mapping[str, str]]
+"""Rows of cells by their headings."""
+
+
+def _section(title: str, summary: str, table: Table, numbers: Sequence[Mapping[str, Any]], *panels: Panel) -> Section:
+    return Section(title, summary, list(table[0]), [list(row.values()) for row in table], panels, numbers)
+
+
 def _flows(entries: Sequence[Entry]) -> Section:
-    numbers = []
-    for entry in entries:
-        cost = entry.flow.cost
-        numbers.append(
-            {
-                "flow": entry.name,
-                "field": type(entry.flow.field).__name__,
-                "depth": entry.flow.depth,
-                "solver": str(entry.flow.solver),
-                "state": list(entry.x.shape[1:]),
-                "parameters": sum(p.numel() for p in entry.flow.parameters()),
-                "evaluations": cost.evaluations if cost else 0,
-            }
-        )
-    rows = [[_text(value) for value in row.values()] for row in numbers]
-    return Section("Flows", f"{len(entries)} flows; depth is counted in layers.", list(numbers[0]), rows, (), numbers)
+    numbers = [
+        {
+            "flow": entry.name,
+            "field": type(entry.flow.field).__name__,
+            "depth": entry.flow.depth,
+            "solver": str(entry.flow.solver),
+            "state": list(entry.x.shape[1:]),
+            "parameters": sum(p.numel() for p in entry.flow.parameters()),
+            "evaluations": entry.flow.cost.evaluations if entry.flow.cost else 0,
+        }
+        for entry in entries
+    ]
+    table = [{name: _text(value) for name, value in row.items()} for row in numbers]
+    return _section("Flows", f"{len(entries)} flows; depth is counted in layers.", table, numbers)
 
 
 def _convergence(entries: Sequence[Entry]) -> Section:
     """The order of the classical schemes, and of the network's own, on what was learnt."""
-    rows, numbers, panels = [], [], []
+    table, numbers, panels = [], [], []
     for entry in entries:
+        own, x = scheme_of(entry.flow.solver), entry.x[:FEW]
         schemes: list[Scheme] = [Euler(), Midpoint(), RK4()]
-        own = scheme_of(entry.flow.solver)
-        if own is not None and own not in schemes:
-            schemes.append(own)
-        x = entry.x[:FEW]
+        schemes += [own] if own and own not in schemes else []
         exact = reference_end(entry.flow, x)
         found = [scheme_errors(entry.flow, x, scheme, reference=exact) for scheme in schemes]
         panels.append(_orders(entry.name, "steps", found))
-        for row in found:
-            numbers.append({"flow": entry.name, **_plain(row)})
-            rows.append([entry.name, row.name, f"{row.expected}", _order(row), f"{row.errors[0]:.1e}", f"{row.errors[-1]:.1e}"])
-    coarse = max((float(row[4]) for row in rows), default=0.0)
+        numbers += [{"flow": entry.name, **_plain(row)} for row in found]
+        table += [
+            {
+                "flow": entry.name,
+                "scheme": row.name,
+                "order of the scheme": f"{row.expected}",
+                "order measured": _order(row),
+                "error, one step a layer": f"{row.errors[0]:.1e}",
+                "error, finest": f"{row.errors[-1]:.1e}",
+            }
+            for row in found
+        ]
+    coarse = max(row["errors"][0] for row in numbers)
     summary = (
         "How fast each scheme approaches the equation that these weights define, as its steps shrink from one a layer. A "
         "scheme with an error near 1 at one step a layer computes something else than the equation; the largest here is "
-        f"{coarse:.1e}. "
-        "Fields with kinks, such as ReLU, hold the orders of high-order schemes down."
+        f"{coarse:.1e}. Fields with kinks, such as ReLU, hold the orders of high-order schemes down."
     )
-    headings = ["flow", "scheme", "order of the scheme", "order measured", "error, one step a layer", "error, finest"]
-    return Section("Order of convergence", summary, headings, rows, panels, numbers)
+    return _section("Order of convergence", summary, table, numbers, *panels)
 
 
 def _deep_limit(entries: Sequence[Entry]) -> Section:
-    numbers, rows, found = [], [], []
-    for entry in entries:
-        expansion = _as_expansion(entry.flow.field)
-        if expansion is None:
-            continue
-        limit = deep_limit(expansion, entry.x[:FEW])
-        found.append(replace(limit, name=entry.name))
-        numbers.append({"flow": entry.name, **_plain(limit)})
-        rows.append([entry.name, _order(limit), *(f"{error:.1e}" for error in limit.errors)])
+    expansions = {entry: _as_expansion(entry.flow.field) for entry in entries}
+    found = {entry: deep_limit(field, entry.x[:FEW]) for entry, field in expansions.items() if field is not None}
     if not found:
         raise TypeError("no flow has weights that vary with depth over three layers or more")
+    table = [
+        {"flow": entry.name, "order measured": _order(limit)}
+        | {f"N = {n}": f"{error:.1e}" for n, error in zip(limit.steps, limit.errors, strict=True)}
+        for entry, limit in found.items()
+    ]
+    numbers = [{"flow": entry.name, **_plain(limit)} for entry, limit in found.items()]
     summary = (
         "Networks of N layers, whose weights are samples of a function of depth (the learnt weights, joined by straight "
         "lines), against the equation with that function: the distance falls like 1/N."
     )
-    headings = ["flow", "order measured", *(f"N = {n}" for n in found[0].steps)]
-    return Section("Deep limit", summary, headings, rows, [_orders("deep limit", "layers N", found)], numbers)
+    panel = _orders("deep limit", "layers N", [replace(limit, name=entry.name) for entry, limit in found.items()])
+    return _section("Deep limit", summary, table, numbers, panel)
 
 
 def _as_expansion(field: Field) -> Field | None:
@@ -169,31 +180,30 @@ def _as_expansion(field: Field) -> Field | None:
 
 def _equations(network: Network) -> Section:
     """The modified equations of the fixed schemes in use, and where they are stable."""
-    methods: dict[str, Any] = {}
+    methods: dict[str, LinearMultistep | OneStep] = {}
     learnt = [friction.k for friction in frictions(network)]
-    for flow in network.flows:
-        scheme = scheme_of(flow.solver)
+    for scheme in map(scheme_of, (flow.solver for flow in network.flows)):
         if scheme is not None:
             for k in sorted({min(learnt), statistics.mean(learnt), max(learnt)}) if learnt else [None]:
                 name = str(scheme).partition(":")[0] + (f", k = {k:.3g}" if k is not None else "")
                 methods[name] = method_of(scheme, k)
     if not methods:
         raise TypeError("no flow has fixed steps, and adaptive ones have no single modified equation")
-    rows, numbers, lines = [], [], []
-    for name, method in methods.items():
-        stable = "yes" if method.zero_stable else "no"
-        rows.append([name, str(method), stable])
-        x, y = method.boundary(240)
-        lines.append(Line(name, x, y))
-        numbers.append({"method": name, "equation": str(method), "zero_stable": stable == "yes", "boundary": [x, y]})
+    lines = [Line(name, *method.boundary(240)) for name, method in methods.items()]
+    table = [
+        {"scheme": name, "modified equation": str(method), "zero-stable": _yes(method.zero_stable)}
+        for name, method in methods.items()
+    ]
+    numbers = [
+        {"method": line.name, "equation": str(method), "zero_stable": method.zero_stable, "boundary": [line.x, line.y]}
+        for line, method in zip(lines, methods.values(), strict=True)
+    ]
     summary = (
         "What the steps solve more exactly than the equation itself, and the boundary of the region of absolute stability: "
         "h times an eigenvalue of the field's Jacobian must lie inside for the steps not to blow up."
     )
     panel = Axes("boundary of absolute stability", "Re hλ (leapfrog: h²λ)", "Im hλ (leapfrog: h²λ)", lines)
-    return Section(
-        "Modified equation and stability", summary, ["scheme", "modified equation", "zero-stable"], rows, [panel], numbers
-    )
+    return _section("Modified equation and stability", summary, table, numbers, panel)
 
 
 def momentum_section(network: Network, content: Mapping[str, Any]) -> Section:
@@ -201,86 +211,70 @@ def momentum_section(network: Network, content: Mapping[str, Any]) -> Section:
     found = frictions(network)
     if not found:
         raise TypeError("no layer of this network has a k (LM-ResNet's have)")
-    rows = [
-        [f"{f.flow}, layer {f.layer}", f"{f.k:.4f}", f"{f.momentum:.4f}", f"{f.friction:.4f}", "yes" if f.zero_stable else "no"]
+    table = [
+        {
+            "layer": f"{f.flow}, layer {f.layer}",
+            "k": f"{f.k:.4f}",
+            "momentum -k": f"{f.momentum:.4f}",
+            "friction 1 + k": f"{f.friction:.4f}",
+            "zero-stable": _yes(f.zero_stable),
+        }
         for f in found
     ]
-    places = list(range(1, len(found) + 1))
-    panels = [Axes("k after training", "layer with memory, in order", "k", [Line("k", places, [f.k for f in found])])]
-    history = _history(content)
-    if history is not None:
-        lines = [
-            Line(f"{flow}, layer {layer}", history["epochs"], [ks[index] for ks in history["k"]])
-            for index, (flow, layer) in enumerate(zip(history["flows"], history["layers"], strict=True))
-        ]
+    panels = [Axes("k after training", "layer with memory, in order", "k", [_counted("k", [f.k for f in found])])]
+    kept = (state for name, state in content.get("callbacks", {}).items() if str(name).startswith("KeepFriction"))
+    history = next((state for state in kept if state.get("epochs")), None)
+    if history:
+        places = zip(history["flows"], history["layers"], zip(*history["k"], strict=True), strict=True)
+        lines = [Line(f"{flow}, layer {layer}", history["epochs"], list(ks)) for flow, layer, ks in places]
         panels.append(Axes("k during training", "epoch", "k", lines))
     mean = statistics.mean(f.k for f in found)
-    summary = (
-        f"A step is (1 - k) x + k x_before + f: -k is a momentum, 1 + k a friction. The mean k is {mean:.3f}"
-        + (", a momentum that carries on" if mean < 0 else ", which damps the motion")
-        + "."
-        + (
-            ""
-            if history
-            else " How k moved during training is not in this file: train with the callback KeepFriction to see it."
-        )
-    )
-    return Section(
-        "Momentum",
-        summary,
-        ["layer", "k", "momentum -k", "friction 1 + k", "zero-stable"],
-        rows,
-        panels,
-        [asdict(f) for f in found],
-    )
-
-
-def _history(content: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What the callback KeepFriction has left in a training checkpoint."""
-    for name, state in content.get("callbacks", {}).items():
-        if str(name).startswith("KeepFriction") and state.get("epochs"):
-            return state
-    return None
+    motion = "a momentum that carries on" if mean < 0 else "which damps the motion"
+    summary = f"A step is (1 - k) x + k x_before + f: -k is a momentum, 1 + k a friction. The mean k is {mean:.3f}, {motion}."
+    if not history:
+        summary += " How k moved during training is not in this file: train with the callback KeepFriction to see it."
+    return _section("Momentum", summary, table, [asdict(f) for f in found], *panels)
 
 
 def _dynamics(network: Network, sample: Sample) -> Section:
     found = flow_dynamics(network, sample.images[:FEW])
-    rows = [[d.flow, f"{d.lipschitz:.3g}", f"{d.lyapunov:.3g}", _range(d.steps), _range(d.smoothness)] for d in found]
-    panels = [
-        Axes(
-            "size of the steps",
-            "step, through each flow",
-            "|h f(x)| / |x|",
-            [Line(d.flow, list(range(1, len(d.steps) + 1)), d.steps) for d in found if d.steps],
-        )
+    table = [
+        {
+            "flow": d.flow,
+            "Lipschitz constant": f"{d.lipschitz:.3g}",
+            "Lyapunov exponent (1/layer)": f"{d.lyapunov:.3g}",
+            "size of the steps": _range(d.steps),
+            "change of the weights": _range(d.smoothness),
+        }
+        for d in found
     ]
-    if any(d.smoothness for d in found):
-        lines = [Line(d.flow, list(range(1, len(d.smoothness) + 1)), d.smoothness) for d in found if d.smoothness]
-        panels.append(Axes("smoothness of the weights", "between a layer and the next", "|Δθ| / |θ|", lines))
+    steps = [_counted(d.flow, d.steps) for d in found if d.steps]
+    panels = [Axes("size of the steps", "step, through each flow", "|h f(x)| / |x|", steps)]
+    if changes := [_counted(d.flow, d.smoothness) for d in found if d.smoothness]:
+        panels.append(Axes("smoothness of the weights", "between a layer and the next", "|Δθ| / |θ|", changes))
     summary = (
         "How far the flows stretch small differences between states (the largest over the images, and as a rate a layer), how "
         "large each step is beside its state, and how much the weights change from layer to layer. Steps and changes well "
         "below 1 are those of an equation; near 1 the layers act one by one."
     )
-    headings = ["flow", "Lipschitz constant", "Lyapunov exponent (1/layer)", "size of the steps", "change of the weights"]
-    return Section("Dynamics", summary, headings, rows, panels, [asdict(d) for d in found])
+    return _section("Dynamics", summary, table, [asdict(d) for d in found], *panels)
 
 
 def _cost(network: Network, sample: Sample) -> Section:
     found = tolerance_sweep(network, sample.images, sample.labels)
-    rows, lines = [], []
-    for row in found:
-        if row.failure:
-            rows.append([row.method, f"{row.tolerance:g}", "failed", "", "", "", ""])
-            continue
-        cells = [
-            f"{row.evaluations:.0f}",
-            f"{row.accepted:.0f}",
-            f"{row.rejected:.0f}",
-            f"{row.error:.1e}",
-            f"{100 * row.accuracy:.1f}",
-        ]
-        rows.append([row.method, f"{row.tolerance:g}", *cells])
+    table = [
+        {
+            "method": row.method,
+            "tolerance": f"{row.tolerance:g}",
+            "evaluations": "failed" if row.failure else f"{row.evaluations:.0f}",
+            "accepted": _number(row.accepted, ".0f"),
+            "rejected": _number(row.rejected, ".0f"),
+            "error of the logits": _number(row.error, ".1e"),
+            "accuracy (%)": _number(100 * row.accuracy, ".1f"),
+        }
+        for row in found
+    ]
+    lines = []
     for method in dict.fromkeys(row.method for row in found):
         solved = [row for row in found if row.method == method and not row.failure and row.error > 0]
         lines.append(Line(method, [row.evaluations for row in solved], [row.error for row in solved]))
@@ -288,36 +282,42 @@ def _cost(network: Network, sample: Sample) -> Section:
     summary = (
         "The same weights as an equation, solved to a tolerance: what it costs, how far logits are from its own, and accuracy."
     )
-    headings = ["method", "tolerance", "evaluations", "accepted", "rejected", "error of the logits", "accuracy (%)"]
-    return Section("Cost of a tolerance", summary, headings, rows, [panel], [asdict(row) for row in found])
+    return _section("Cost of a tolerance", summary, table, [asdict(row) for row in found], panel)
 
 
 def _gradients(entries: Sequence[Entry]) -> Section:
     entry = entries[0]
     modes = ("direct", "checkpoint", "adjoint", "full_adjoint")
-    solvers: list[Solver] = [
-        parse(f"dopri5:rtol={tol},atol={tol},gradient={mode}") for mode in modes for tol in ("1e-2", "1e-4")
-    ]
+    solvers = [parse(f"dopri5:rtol={tol},atol={tol},gradient={mode}") for mode in modes for tol in ("1e-2", "1e-4")]
     found = compare_gradients(entry.flow, entry.x[:FEW], solvers)
-    rows = []
-    for row in found:
-        numbers = [row.error, row.step_error]
-        cells = ["-" if number is None else f"{number:.1e}" for number in numbers]
-        rows.append(
-            [row.solver, *cells, f"{row.evaluations}", f"{row.backward_evaluations}", f"{row.memory:.1f}", row.failure or ""]
-        )
+    table = [
+        {
+            "solver": row.solver,
+            "error": _number(row.error, ".1e"),
+            "error against its own steps": _number(row.step_error, ".1e"),
+            "evaluations forward": f"{row.evaluations}",
+            "and back": f"{row.backward_evaluations}",
+            "MiB": f"{row.memory:.1f}",
+            "failure": row.failure or "",
+        }
+        for row in found
+    ]
     summary = (
         f"The gradient of the parameters of {entry.name} in every mode. The first error is against the gradient of the "
         "equation, which no solver has exactly; the second against that of the steps that were taken, which training descends "
         "along."
     )
-    headings = ["solver", "error", "error against its own steps", "evaluations forward", "and back", "MiB", "failure"]
-    return Section("Gradients", summary, headings, rows, (), [asdict(row) for row in found])
+    return _section("Gradients", summary, table, [asdict(row) for row in found])
 
 
 def _orders(title: str, x: str, found: Sequence[Convergence]) -> Axes:
     lines = [Line(row.name, row.steps, row.errors) for row in found if all(row.errors)]
     return Axes(title, x, "relative error", lines, "log", "log")
+
+
+def _counted(name: str, values: Sequence[float]) -> Line:
+    """Values in the order in which they come."""
+    return Line(name, range(1, len(values) + 1), values)
 
 
 def _plain(row: Convergence) -> dict[str, Any]:
@@ -326,6 +326,14 @@ def _plain(row: Convergence) -> dict[str, Any]:
 
 def _order(row: Convergence) -> str:
     return f"{row.order:.2f}" if all(row.errors) else "-"
+
+
+def _number(number: float | None, form: str) -> str:
+    return "-" if number is None or math.isnan(number) else format(number, form)
+
+
+def _yes(fact: bool) -> str:
+    return "yes" if fact else "no"
 
 
 def _range(values: Sequence[float]) -> str:

@@ -21,13 +21,12 @@ from continuum.noise import StochasticField
 from continuum.noise.base import noise_of
 from continuum.schemes import EulerMaruyama, StochasticScheme
 from continuum.schemes.base import Memory, inside
+from continuum.schemes.stochastic import dot
 from continuum.types import State
 
 SDE = EulerMaruyama("brownian")
 CONFIDENCE = 1.96
 """Standard errors in the half-width of a 95% interval."""
-
-# Closed forms
 
 
 def linear_moment(
@@ -56,12 +55,8 @@ def linear_moment(
 def limit_moment(field: StochasticField, rates: Sequence[float], power: int, depth: float = 1.0) -> float:
     """E X(T)^q = exp(q mu T + q (q - 1) s^2 T / 2) of the SDE, for branches as in `linear_moment`."""
     _check_constant(field, depth)
-    mu, s = (_dot(weights, rates) for weights in (field.means(0.0), field.deviations(0.0)))
+    mu, s = (dot(weights, rates) for weights in (field.means(0.0), field.deviations(0.0)))
     return math.exp(power * mu * depth + power * (power - 1) * s**2 * depth / 2)
-
-
-def _dot(weights: Sequence[float], rates: Sequence[float]) -> float:
-    return math.fsum(weight * rate for weight, rate in zip(weights, rates, strict=True))
 
 
 def _check_constant(field: StochasticField, depth: float) -> None:
@@ -70,9 +65,6 @@ def _check_constant(field: StochasticField, depth: float) -> None:
         raise ValueError(
             f"the law of this {type(field).__name__} varies with depth: closed forms are for one law at all depths"
         )
-
-
-# Common noise
 
 
 @dataclass
@@ -147,11 +139,11 @@ def weak_errors(
         TypeError: the scheme cannot step the field.
     """
     ends, reference = _sampled(field, scheme, x, depth, steps, paths, reference_steps, seed)
-    estimates: list[Estimate] = []
-    for name, g in tests.items():
-        expected = g(reference)
-        estimates += [_estimate(count, name, g(end) - expected) for count, end in zip(steps, ends, strict=True)]
-    return estimates
+    return [
+        Estimate(count, name, *mean_of(g(end) - g(reference)))
+        for name, g in tests.items()
+        for count, end in zip(steps, ends, strict=True)
+    ]
 
 
 @torch.no_grad()
@@ -174,7 +166,7 @@ def strong_errors(
     """
     ends, reference = _sampled(field, scheme, x, depth, steps, paths, reference_steps, seed)
     distances = [(end - reference).flatten(1).norm(dim=1) for end in ends]
-    return [_estimate(count, "distance", distance) for count, distance in zip(steps, distances, strict=True)]
+    return [Estimate(count, "distance", *mean_of(far)) for count, far in zip(steps, distances, strict=True)]
 
 
 def _sampled(
@@ -200,10 +192,6 @@ def _sampled(
     with torch.random.fork_rng(devices=forked_devices(x)):  # shake-shake draws for its backward pass too
         run_coupled(field, depth, [*runs, reference], reference_steps, torch.Generator(x.device).manual_seed(seed))
     return [run.x for run in runs], reference.x
-
-
-def _estimate(steps: int, name: str, samples: Tensor) -> Estimate:
-    return Estimate(steps, name, *mean_of(samples))
 
 
 def mean_of(samples: Tensor) -> tuple[float, float]:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from continuum import files
 from continuum.analysis.compare import paired
 from continuum.analysis.stochastic import SDE, CoupledPath, forked_devices, mean_of, run_coupled
-from continuum.fields import Field
 from continuum.flow import Flow
 from continuum.models import Network
 from continuum.noise import Law, noise_only
@@ -212,16 +211,15 @@ def _layers(network: Network, dtype: torch.dtype, seed: int) -> list[LayerNoise]
     for flow in network.flows:
         for n in range(math.ceil(flow.depth)):
             t = inside(flow.field.knots, float(n), 1.0, 0, dtype)
-            found.append(_layer(names[flow.field.at(t)], flow.field, t, 1 / math.sqrt(flow.depth)))
+            layer, bound = flow.field.at(t), 1 / math.sqrt(flow.depth)
+            noisy = noise_of(layer)
+            if noisy is None or not any(noisy.deviations(t)):
+                noise = "no noise", math.nan, 0.0, (math.nan,) * 4, (0.0,) * 4
+            else:
+                law = noisy.law(t)
+                noise = str(law), law.mean, law.deviation, *_moments(law)
+            found.append(LayerNoise(names[layer], n, *noise, bound))
     return found
-
-
-def _layer(name: str, field: Field, t: float, bound: float) -> LayerNoise:
-    noisy = noise_of(field.at(t))
-    if noisy is None or not any(noisy.deviations(t)):
-        return LayerNoise(name, math.floor(t), "no noise", math.nan, 0.0, (math.nan,) * 4, (0.0,) * 4, bound)
-    law = noisy.law(t)
-    return LayerNoise(name, math.floor(t), str(law), law.mean, law.deviation, *_moments(law), bound)
 
 
 def _moments(law: Law) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -3,7 +3,7 @@
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -124,12 +124,9 @@ def _version(name: str) -> str | None:
         return None
 
 
-# Summary
+Values: TypeAlias = Mapping[str, Sequence[float]]
+"""A measure by each library, on each of the fields."""
 
-Values: TypeAlias = tuple[Sequence[float], Sequence[float], Sequence[float]]
-"""A measure by torchdiffeq, by torchode and here, on each of the fields."""
-
-NONE: Sequence[float] = ()
 COLUMNS = ("torchdiffeq", "torchode", "continuum")
 
 
@@ -137,19 +134,19 @@ def summary(report: Report) -> str:
     """The report in ten lines of Markdown; where there are several fields, the range over those with convolutions."""
     lines = ["| measure | torchdiffeq | torchode | here | target |", "| --- | ---: | ---: | ---: | ---: |"]
     for measure, values, target in summary_rows(report):
-        lines.append(f"| {measure} | {' | '.join(map(_range, values))} | {target} |")
+        lines.append(f"| {measure} | {' | '.join(_range(values.get(name, ())) for name in COLUMNS)} | {target} |")
     return "\n".join(lines)
 
 
 def summary_rows(report: Report) -> list[tuple[str, Values, str]]:
     """The measures with their targets."""
-    memory, where = report["memory"], ""
-    if memory:
-        where = f", {memory[0]['field']}, batch {memory[0]['batch']}"
+    memory = report["memory"]
+    where = f", {memory[0]['field']}, batch {memory[0]['batch']}" if memory else ""
     slower = {loss: [r["adjoint / checkpoint"]["ratio"] for r in report["adjoint"] if r["loss"] == loss] for loss in LOSSES}
     few, many = (
         [r["ratio"] for r in memory if r["solver"] == "dopri5" and (r["evaluations"] >= 100) == deep] for deep in (0, 1)
     )
+    steps = [r["ways"]["continuum"]["ratio"] for r in report["euler_step"]]
     trained = [r for r in report["overhead"] if r["pass"] == "training" and r["field"] != "MLP"]
     return [
         ("dopri5 forward / its evaluations", _overheads(report, "forward"), "at most 1.15"),
@@ -160,28 +157,22 @@ def summary_rows(report: Report) -> list[tuple[str, Values, str]]:
         (f"checkpoint / direct, peak memory at 26 evaluations{where}", _here(few), "at most 0.40"),
         (f"checkpoint / direct, peak memory at 100 or more{where}", _here(many), "at most 0.15"),
         ("host synchronisations per attempted dopri5 step", _by_library(report, "synchronisations", "per_step"), "1"),
-        (
-            "training step of FixedStep(Euler()) / plain loop",
-            _here(r["ways"]["continuum"]["ratio"] for r in report["euler_step"]),
-            "at most 1.02",
-        ),
+        ("training step of FixedStep(Euler()) / plain loop", _here(steps), "at most 1.02"),
         ("graphs of four Euler steps", _by_library(report, "graphs", "graphs"), "1"),
     ]
 
 
 def _here(values: Iterable[float]) -> Values:
-    return NONE, NONE, list(values)
+    return {"continuum": list(values)}
 
 
 def _overheads(report: Report, direction: str) -> Values:
     chosen = [row["ways"] for row in report["overhead"] if row["pass"] == direction and row["field"] != "MLP"]
-    first, second, third = ([w[name]["ratio"] for w in chosen if name in w] for name in COLUMNS)
-    return first, second, third
+    return {name: [ways[name]["ratio"] for ways in chosen if name in ways] for name in COLUMNS}
 
 
 def _by_library(report: Report, section: str, key: str) -> Values:
-    first, second, third = ([row[key] for row in report[section] if row["library"] == name] for name in COLUMNS)
-    return first, second, third
+    return {name: [row[key] for row in report[section] if row["library"] == name] for name in COLUMNS}
 
 
 def _range(values: Sequence[float]) -> str:

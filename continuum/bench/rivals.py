@@ -5,11 +5,11 @@ torchode, and diffrax on JAX, are measured where they are installed; continuum n
 
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import torch
 import torchdiffeq
-from torch import Tensor, nn
+from torch import nn
 
 from continuum.fields import Field
 from continuum.solvers.pairs import pair_of
@@ -30,34 +30,22 @@ def optional(name: str) -> Any | None:
         return None
 
 
-def odeint(field: Field, depth: float, tolerance: float) -> FlowMap:
+def odeint(field: Field, depth: float, tolerance: float, solve: Callable[..., Any] = torchdiffeq.odeint) -> FlowMap:
     """torchdiffeq.odeint, with the gradient of autograd through it."""
-
-    def solve(x: State) -> State:
-        times = torch.tensor([0.0, depth], device=x.device)
-        return cast(Tensor, torchdiffeq.odeint(field, x, times, rtol=tolerance, atol=tolerance, method="dopri5"))[-1]
-
-    return solve
+    return lambda x: solve(
+        field, x, torch.tensor([0.0, depth], device=x.device), rtol=tolerance, atol=tolerance, method="dopri5"
+    )[-1]
 
 
 def odeint_adjoint(field: Field, depth: float, tolerance: float) -> FlowMap:
     """torchdiffeq.odeint_adjoint with the library's default norm."""
-
-    def solve(x: State) -> State:
-        times = torch.tensor([0.0, depth], device=x.device)
-        return cast(Tensor, torchdiffeq.odeint_adjoint(field, x, times, rtol=tolerance, atol=tolerance, method="dopri5"))[-1]
-
-    return solve
+    return odeint(field, depth, tolerance, torchdiffeq.odeint_adjoint)
 
 
 def odeint_euler(field: Field, steps: int) -> FlowMap:
     """torchdiffeq's Euler with so many steps of one layer."""
-
-    def solve(x: State) -> State:
-        times = torch.arange(steps + 1.0, device=x.device)
-        return cast(Tensor, torchdiffeq.odeint(field, x, times, method="euler"))[-1]
-
-    return solve
+    solve: Callable[..., Any] = torchdiffeq.odeint
+    return lambda x: solve(field, x, torch.arange(steps + 1.0, device=x.device), method="euler")[-1]
 
 
 def torchode_dopri5(field: Field, depth: float, tolerance: float) -> FlowMap:

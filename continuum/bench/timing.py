@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from continuum.analysis.memory import seconds_of
 from continuum.bench import rivals
 from continuum.bench.rivals import FlowMap, MakeFlowMap
 from continuum.fields import Autonomous, Field, PreActivation
@@ -86,9 +87,6 @@ class Plan:
     images: int = 128
 
 
-# Comparisons
-
-
 @dataclass(frozen=True)
 class Way:
     """Something to time, how many evaluations it takes, and the name of the way that takes evaluations alone."""
@@ -109,7 +107,7 @@ def compared(ways: Mapping[str, Way], plan: Plan, device: torch.device, repeats:
         if done >= 3 and time.perf_counter() > end:
             break
         for name in list(ways) if index % 2 else list(ways)[::-1]:
-            elapsed = _timed(ways[name].run, repeats, device)
+            elapsed = seconds_of(ways[name].run, device, repeats)
             if done >= 0:
                 seconds[name].append(elapsed)
     found = {}
@@ -131,23 +129,6 @@ def ratio(ratios: list[float]) -> Row:
     return {"ratio": middle, "quartiles": [first, third]}
 
 
-def _timed(run: Run, repeats: int, device: torch.device) -> float:
-    _wait(device)
-    start = time.perf_counter()
-    for _ in range(repeats):
-        run()
-    _wait(device)
-    return time.perf_counter() - start
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-# Ways
-
-
 def ours(gradient: Literal["direct", "checkpoint", "adjoint"] = "direct") -> MakeFlowMap:
     """dopri5 of this library, as its user would have it."""
     return lambda field, depth, tolerance: Flow(field, Adaptive("dopri5", tolerance, tolerance, gradient=gradient), depth)
@@ -161,16 +142,12 @@ def libraries() -> dict[str, MakeFlowMap]:
 
 def counted(field: Field, solve: FlowMap, x: State) -> int:
     """How often a solve evaluates the field on its way forward."""
-    calls = [0]
-
-    def count(*_: object) -> None:
-        calls[0] += 1
-
-    handle = field.register_forward_hook(count)
+    calls: list[None] = []
+    handle = field.register_forward_hook(lambda *_: calls.append(None))
     with torch.no_grad():
         solve(x)
     handle.remove()
-    return calls[0]
+    return len(calls)
 
 
 def chained(field: Callable[[float, State], State], evaluations: int) -> FlowMap:
@@ -194,9 +171,6 @@ def trained(solve: FlowMap, field: Field, x: State, loss: Loss) -> Run:
         loss(solve(x)).backward()
 
     return run
-
-
-# Measures
 
 
 def forward(problem: Problem, plan: Plan, device: torch.device) -> Row:

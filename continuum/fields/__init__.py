@@ -1,6 +1,6 @@
 """What moves: fields f of dx/dt = f(t, x), and the branches of residual blocks."""
 
-from continuum.fields.base import Autonomous, Field, Function, Momentum, PostActivation, Scaled
+from continuum.fields.base import Autonomous, Field, Function, PostActivation, Scaled
 from continuum.fields.branches import (
     MLP,
     BasicBranch,
@@ -15,6 +15,7 @@ from continuum.fields.branches import (
 )
 from continuum.fields.coupled import Antisymmetric, Coupled, DoubleLayer, Hamiltonian, SecondOrder
 from continuum.fields.fractal import TwoColumns
+from continuum.fields.momentum import Momentum
 
 __all__ = [
     "MLP",

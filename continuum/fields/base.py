@@ -48,11 +48,9 @@ class Field(nn.Module, ABC):
         Raises:
             RuntimeError: the state was written to in place, which would change the state that the step starts from.
         """
-        if isinstance(x, tuple):
-            return super().__call__(t if self.takes_number else depth_tensor(t, x[0]), x)
         if not self.takes_number:
-            t = depth_tensor(t, x)
-        if torch.compiler.is_compiling():
+            t = depth_tensor(t, x[0] if isinstance(x, tuple) else x)
+        if isinstance(x, tuple) or torch.compiler.is_compiling():
             return super().__call__(t, x)
         if x.is_inference():  # where torch does not count how often a tensor was written to
             return super().__call__(t, x)
@@ -240,11 +238,7 @@ class Function(Field):
 
 
 def as_field(field: nn.Module, whole: str) -> Field:
-    """The field itself; a module of (t, x) as a `Function`.
-
-    Raises:
-        TypeError: something else, which `whole` would be made of.
-    """
+    """The field itself; a module of (t, x) as a `Function`; TypeError for anything else, of which `whole` would be made."""
     if isinstance(field, Field):
         return field
     if isinstance(field, nn.Module) and _takes_two(field.forward):
@@ -257,16 +251,15 @@ def as_field(field: nn.Module, whole: str) -> Field:
 
 def _takes_two(function: Callable[..., Any]) -> bool:
     """Whether a call needs two positional arguments."""
-    signature = inspect.signature(function)
-    try:
-        signature.bind(None, None)
-    except TypeError:
-        return False
-    try:
-        signature.bind(None)
-    except TypeError:
+
+    def takes(*arguments: None) -> bool:
+        try:
+            inspect.signature(function).bind(*arguments)
+        except TypeError:
+            return False
         return True
-    return False
+
+    return takes(None, None) and not takes(None)
 
 
 class PostActivation(Field):
@@ -331,81 +324,8 @@ class Scaled(Field):
         return f"scale={self.scale}"
 
 
-class Momentum(Field):
-    """A layer of the equation (1 + k) x' = f(t, x), with one scalar k, learnt or constant.
-
-    -k is a momentum and 1 + k a friction: under the scheme `LinearTwoStep` a step is
-    x_{n+1} = (1 - k) x_n + k x_{n-1} + h f(x_n), the layer of LM-ResNet (arXiv 1710.10121); every other scheme and
-    solver integrates f / (1 + k). k starts uniform in (-0.1, 0] unless it is given, and is zero-stable for -1 < k <= 1.
-    `Momentum(f.scaled(1 - gamma), k=-gamma, learnt=False)` is the layer of a momentum ResNet (arXiv 2102.07870).
-
-    Args:
-        field: f.
-        k: the value to start with; None draws it.
-        learnt: whether k is a parameter. Otherwise it is a Python float, which no conversion rounds and no file holds.
-
-    Raises:
-        ValueError: k = -1, where there is no first-order equation: that is `SecondOrder`; or a constant k that is not given.
-    """
-
-    k: nn.Parameter | float
-    takes_number = True
-
-    def __init__(self, field: Field, k: float | None = None, learnt: bool = True) -> None:
-        super().__init__()
-        self.field = field
-        self.knots, self.extent = field.knots, field.extent
-        if k == -1:
-            raise ValueError("k = -1 makes (1 + k) x' = f an equation without x': the second-order one is SecondOrder(field)")
-        if learnt:
-            self.k = nn.Parameter(-0.1 * torch.rand(()) if k is None else torch.tensor(float(k)))
-        elif k is None:
-            raise ValueError("a k that is not learnt has to be given: Momentum(field, k=-0.9, learnt=False)")
-        else:
-            self.k = float(k)
-
-    def forward(self, t: Time, x: State) -> State:
-        return self.field(t, x) / (1 + self.k)
-
-    def scaled(self, scale: float) -> Field:
-        return self.around(self.field.scaled(scale))
-
-    def drift(self) -> Field:
-        return self.around(self.field.drift())
-
-    def held(self, t: float) -> Field:
-        return self.around(self.field.held(t))
-
-    def innermost(self) -> Field:
-        return self.field.innermost()
-
-    def own_weights(self) -> dict[str, Tensor]:
-        return self.field.own_weights()
-
-    def friction(self) -> tuple[Field, Tensor | float | None]:
-        return self.field, self.k
-
-    def around(self, field: Field) -> "Momentum":
-        """The layer of another field with the same k."""
-        layer = in_mode_of(self, Momentum(field, k=0.0, learnt=isinstance(self.k, nn.Parameter)))
-        layer.k = self.k
-        return layer
-
-    def extra_repr(self) -> str:
-        return "" if isinstance(self.k, nn.Parameter) else f"k={self.k}"
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        if not isinstance(self.k, nn.Parameter):  # files once held a constant k too, rounded to float32
-            state_dict.pop(f"{prefix}k", None)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-
-
 def as_part(part: nn.Module, whole: str) -> Field:
-    """`part` as a field that is smooth in depth.
-
-    Raises:
-        TypeError: it is no field, or jumps, and `whole` could not be made of it.
-    """
+    """`part` as a field that is smooth in depth; TypeError if it is no field, or jumps, and `whole` is not made of such."""
     part = as_field(part, whole)
     if part.knots:
         raise TypeError(f"{whole} is made of fields that are smooth in depth; this {type(part).__name__} jumps at {part.knots}")
@@ -413,11 +333,7 @@ def as_part(part: nn.Module, whole: str) -> Field:
 
 
 def checked(slope: State, x: State) -> State:
-    """`slope`, if it has the shape of the state; otherwise adding it would broadcast silently.
-
-    Raises:
-        ValueError: another shape.
-    """
+    """`slope`; ValueError unless it has the shape of the state, or adding it would broadcast silently."""
     if slope.shape != x.shape:
         raise ValueError(
             f"the field returned shape {tuple(slope.shape)} for a state of shape {tuple(x.shape)}: dx/dt has the shape of x"

@@ -9,20 +9,22 @@ from continuum.fields.base import Field, depth_channel
 from continuum.types import State, Time
 
 
-def conv3x3(in_channels: int, out_channels: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
-    """The 3x3 convolution of residual networks: padded to keep the size, no bias, He-normal by fan-out (arXiv 1502.01852)."""
-    conv = nn.Conv2d(
-        in_channels, out_channels, 3, stride=stride, padding=dilation, groups=groups, dilation=dilation, bias=False
-    )
+def convolution(
+    in_channels: int, out_channels: int, size: int, stride: int = 1, groups: int = 1, dilation: int = 1
+) -> nn.Conv2d:
+    """A convolution of residual networks: padded to keep the size, no bias, He-normal by fan-out (arXiv 1502.01852)."""
+    padding = dilation * (size // 2)
+    conv = nn.Conv2d(in_channels, out_channels, size, stride, padding, dilation, groups, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return conv
+
+
+def conv3x3(in_channels: int, out_channels: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
+    return convolution(in_channels, out_channels, 3, stride, groups, dilation)
 
 
 def conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
-    """A 1x1 convolution without bias, He-normal by fan-out."""
-    conv = nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
-    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    return conv
+    return convolution(in_channels, out_channels, 1, stride)
 
 
 class PreActivation(nn.Module):

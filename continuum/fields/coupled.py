@@ -127,11 +127,7 @@ class Hamiltonian(Coupled):
 
 
 def halves(x: State) -> tuple[State, State]:
-    """(y, z) of the state x, its halves on axis 1.
-
-    Raises:
-        ValueError: an odd number of channels.
-    """
+    """(y, z) of the state x, its halves on axis 1; ValueError for an odd number of channels."""
     if x.shape[1] % 2:
         raise ValueError(f"a state in two halves needs an even number of channels, on axis 1; got shape {tuple(x.shape)}")
     y, z = x.chunk(2, dim=1)
@@ -139,11 +135,7 @@ def halves(x: State) -> tuple[State, State]:
 
 
 def half_of(channels: int) -> int:
-    """The channels of each half.
-
-    Raises:
-        ValueError: an odd number of channels.
-    """
+    """The channels of each half; ValueError for an odd number."""
     if channels % 2:
         raise ValueError(f"a state in two halves needs an even number of channels, not {channels}")
     return channels // 2

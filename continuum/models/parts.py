@@ -9,7 +9,7 @@ from torch.nn.functional import avg_pool2d, pad
 
 from continuum.fields import Field, PreActivation
 from continuum.fields.base import in_mode_of
-from continuum.fields.branches import conv1x1, conv3x3, group_norm
+from continuum.fields.branches import conv1x1, conv3x3, convolution, group_norm
 from continuum.flow import Flow
 from continuum.noise.base import noise_of
 from continuum.solvers import Solver
@@ -50,11 +50,7 @@ def doubling(channels: int, stages: int) -> list[int]:
 
 
 def grouped(outputs: int, groups: int, group_width: int) -> int:
-    """The channels inside a ResNeXt bottleneck: groups x group_width where it has 64 outside / 4, and in proportion.
-
-    Raises:
-        ValueError: no group, or groups without a channel.
-    """
+    """The channels inside a ResNeXt bottleneck: groups x group_width where it has 64 outside / 4, and in proportion."""
     channels = outputs // 4 * group_width // 64
     if groups < 1:
         raise ValueError(f"the number of groups (cardinality) is at least 1, not {groups}")
@@ -75,9 +71,6 @@ def blocks_of(depth: int, layers: int) -> list[int]:
     return [blocks] * 3
 
 
-# Stems
-
-
 class Augment(nn.Module):
     """A stem that appends `channels` zeros to axis 1: a flow can go around in dimensions the data does not have
     (arXiv 1904.01681), and a second-order field finds its velocities there.
@@ -96,18 +89,13 @@ class Augment(nn.Module):
 class ConvStem(nn.Module):
     """conv-BN-ReLU; with `pool`, the 7x7 convolution and 3x3 max pooling of ImageNet networks, to a quarter of the size.
 
-    Raises:
-        ValueError: on images of less than `smallest` pixels, where what follows takes no smaller ones.
+    Images of less than `smallest` pixels are refused, where what follows takes no smaller ones.
     """
 
     def __init__(self, in_channels: int, channels: int, pool: bool, smallest: int = 1) -> None:
         super().__init__()
         self.smallest = smallest
-        if pool:
-            self.conv = nn.Conv2d(in_channels, channels, 7, stride=2, padding=3, bias=False)
-            nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
-        else:
-            self.conv = conv3x3(in_channels, channels)
+        self.conv = convolution(in_channels, channels, 7, stride=2) if pool else conv3x3(in_channels, channels)
         self.norm = nn.BatchNorm2d(channels)
         self.pool = nn.MaxPool2d(3, stride=2, padding=1) if pool else nn.Identity()
 
@@ -117,11 +105,7 @@ class ConvStem(nn.Module):
 
 
 class MNISTStem(nn.Sequential):
-    """Three convolutions with GroupNorm and ReLU between them, to a quarter of the size (arXiv 1806.07366).
-
-    Raises:
-        ValueError: on images of less than 10 x 10 pixels.
-    """
+    """Three convolutions, GroupNorm and ReLU between them, to a quarter of the size: 10 x 10 or more (arXiv 1806.07366)."""
 
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__(
@@ -147,9 +131,6 @@ def refuse_smaller(images: Tensor, smallest: int, advice: str = "") -> None:
             f"images of {height} x {width} pixels shrink to one pixel here, of which GroupNorm leaves signs only: at least "
             f"{smallest} x {smallest} are needed{advice}"
         )
-
-
-# Shortcuts and transitions
 
 
 class Projection(nn.Module):
@@ -202,9 +183,6 @@ class ShiftedPaths(nn.Module):
     """The shortcut of shake-shake's blocks that change channels: ReLU, two paths to half of them each, BN (arXiv 1705.07485).
 
     A path is a 1x1 convolution of every `stride`-th pixel; the second sees the image moved by one pixel to the right and down.
-
-    Raises:
-        ValueError: an odd number of `out_channels`.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 2) -> None:
@@ -221,11 +199,7 @@ class ShiftedPaths(nn.Module):
 
 
 def added_channels(in_channels: int, out_channels: int) -> tuple[int, int]:
-    """How many channels of zeros to put before and behind.
-
-    Raises:
-        ValueError: there would be fewer channels than before.
-    """
+    """How many channels of zeros to put before and behind; ValueError if there would be fewer than before."""
     added = out_channels - in_channels
     if added < 0:
         raise ValueError(f"zeros can be added to channels, not taken away: {in_channels} to {out_channels}")
@@ -345,11 +319,7 @@ class Positions(nn.Module):
 
 
 class Downsample(nn.Module):
-    """A transition without a residual: a convolution that halves height and width between two flows.
-
-    Raises:
-        ValueError: on states of less than `smallest` pixels, where what follows takes no smaller ones.
-    """
+    """A transition without a residual: a convolution that halves states of `smallest` or more pixels between two flows."""
 
     def __init__(self, in_channels: int, out_channels: int, norm: nn.Module, smallest: int = 1) -> None:
         super().__init__()
@@ -363,26 +333,19 @@ class Downsample(nn.Module):
 
 
 def post_transition(in_channels: int, branch: nn.Module, out_channels: int, stride: int, shortcut: str) -> Transition:
-    """The post-activation step relu(P(x) + F(x)), with shortcut "A" or "B".
-
-    Raises:
-        ValueError: another shortcut.
-    """
+    """The post-activation step relu(P(x) + F(x)), with shortcut "A" or "B"."""
     if shortcut not in ("A", "B"):
         raise ValueError(f"shortcut is 'A' (subsampling, zero channels) or 'B' (1x1 convolution), not {shortcut!r}")
     projection = Subsample(in_channels, out_channels) if shortcut == "A" else ConvNorm(in_channels, out_channels, stride)
     return Transition(projection, branch, nn.ReLU())
 
 
-# Heads
-
-
 class PooledHead(nn.Module):
     """norm-ReLU, average over height and width, linear: (batch, channels, height, width) to (batch, classes)."""
 
-    def __init__(self, norm: nn.Module, channels: int, num_classes: int) -> None:
+    def __init__(self, channels: int, num_classes: int, norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> None:
         super().__init__()
-        self.norm = norm
+        self.norm = norm(channels)
         self.linear = nn.Linear(channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -390,11 +353,11 @@ class PooledHead(nn.Module):
 
 
 class PlainHead(nn.Module):
-    """`pool` to one pixel, linear: the head behind post-activation blocks."""
+    """Average over height and width, or another `pool` to one pixel, linear: the head behind post-activation blocks."""
 
-    def __init__(self, pool: nn.Module, channels: int, num_classes: int) -> None:
+    def __init__(self, channels: int, num_classes: int, pool: nn.Module | None = None) -> None:
         super().__init__()
-        self.pool = pool
+        self.pool = pool or WholeAverage()
         self.linear = nn.Linear(channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:

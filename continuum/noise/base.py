@@ -190,11 +190,8 @@ class StochasticField(Field):
         if not scale > 0:
             raise ValueError(f"noise is scaled by a positive number, the length of the new unit of depth, not {scale}")
         field = copy.copy(self)  # and what it owns, so that nothing set on one appears on the other
-        field._modules, field._parameters, field._buffers = (
-            self._modules.copy(),
-            self._parameters.copy(),
-            self._buffers.copy(),
-        )
+        for owned in ("_modules", "_parameters", "_buffers"):
+            setattr(field, owned, getattr(self, owned).copy())
         field.scale = self.scale * scale
         return field
 

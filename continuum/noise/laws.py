@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from continuum.bases import gauss, gauss_legendre
+
 
 class Law(ABC):
     """The distribution of the number eta, with its `mean` and `deviation`.
@@ -87,10 +89,7 @@ class Uniform(Law):
         return u
 
     def nodes(self, degree: int) -> list[tuple[float, float]]:
-        # Gauss-Legendre: the eigenvalues of the Jacobi matrix of the Legendre polynomials, moved to (0, 1).
-        k = torch.arange(1, degree // 2 + 1, dtype=torch.float64)
-        values, weights = _gauss(k / (4 * k**2 - 1).sqrt())
-        return list(zip(((values + 1) / 2).tolist(), weights.tolist(), strict=True))
+        return [((node + 1) / 2, weight) for node, weight in gauss_legendre(degree // 2 + 1)]
 
 
 @dataclass(frozen=True)
@@ -107,12 +106,4 @@ class Normal(Law):
         return torch.randn(size, dtype=dtype, device=device)
 
     def nodes(self, degree: int) -> list[tuple[float, float]]:
-        values, weights = _gauss(torch.arange(1, degree // 2 + 1, dtype=torch.float64).sqrt())
-        return list(zip(values.tolist(), weights.tolist(), strict=True))
-
-
-def _gauss(off_diagonal: Tensor) -> tuple[Tensor, Tensor]:
-    """Nodes and weights of the Gauss rule whose orthogonal polynomials have this three-term recurrence."""
-    matrix = torch.diag(off_diagonal, 1) + torch.diag(off_diagonal, -1)
-    values, vectors = torch.linalg.eigh(matrix)
-    return values, vectors[0] ** 2
+        return gauss(torch.arange(1, degree // 2 + 1, dtype=torch.float64).sqrt())

@@ -1,12 +1,4 @@
-"""The published regularisers as stochastic fields.
-
-| regulariser      | training, h = 1             | drift         | diffusion                           | drawn        |
-| ---------------- | --------------------------- | ------------- | ----------------------------------- | ------------ |
-| `StochasticDepth`| x + eta f, Bernoulli(p)     | p f           | sqrt(p (1 - p)) f                   | a mini-batch |
-| `ShakeShake`     | x + eta f1 + (1 - eta) f2   | (f1 + f2) / 2 | (f1 - f2) / sqrt(12)                | an image     |
-| `Gaussian`       | x + f + sigma eta           | f             | sigma, or sigma x                   | an entry     |
-| `Dropout`        | x + eta f / (1 - q)         | f             | sqrt(q / (1 - q)) f                 | an entry     |
-"""
+"""The published regularisers as stochastic fields."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -307,11 +299,7 @@ class Dropout(StochasticField):
 
 
 def _noiseless(field: nn.Module, whole: str) -> Field:
-    """`field` as one that can be given noise.
-
-    Raises:
-        TypeError: it cannot.
-    """
+    """`field` as one that can be given noise; TypeError if it cannot."""
     field = as_field(field, whole)
     if field.friction()[1] is not None:
         raise TypeError(f"Momentum holds the noise inside: write Momentum({whole}(field, ...)), not the reverse")

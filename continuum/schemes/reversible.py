@@ -1,11 +1,5 @@
 """Schemes that move the halves of a `Coupled` field y' = f(t, z), z' = g(t, y) in turn, and can take each step back.
 
-| scheme     | step                                                                 | order |
-| ---------- | -------------------------------------------------------------------- | ----- |
-| `Coupling` | y+ = y + h f(z), z+ = z + h g(y+)                                     | 1     |
-| `Leapfrog` | z+ = z + h g(y), y+ = y + h f(z+)                                     | 1     |
-| `Verlet`   | z1 = z + h/2 g(y), y+ = y + h f(z1), z+ = z1 + h/2 g(y+)              | 2     |
-
 They are symplectic for Hamiltonian fields. The two-step ones, which also can be undone, are in `multistep`.
 """
 
@@ -105,7 +99,7 @@ class Leapfrog(SplitScheme):
 
 @dataclass(frozen=True)
 class Verlet(SplitScheme):
-    """The velocity Verlet scheme: half a step of z, a step of y, half a step of z. Order 2, symmetric in time.
+    """The velocity Verlet scheme, z1 = z + h/2 g(y), y+ = y + h f(z1), z+ = z1 + h/2 g(y+): order 2, symmetric in time.
 
     An evaluation of f and two of g; counted as two of the field.
     """

@@ -143,12 +143,12 @@ class EulerMaruyama(StochasticScheme):
 
     def moves(self, field: StochasticField, rates: Sequence[float], h: float, power: int) -> list[tuple[float, float]]:
         if self.increments == "brownian":
-            mu, s = (_dot(weights, rates) for weights in (field.means(0.0), field.deviations(0.0)))
+            mu, s = (dot(weights, rates) for weights in (field.means(0.0), field.deviations(0.0)))
             return [(h * mu + math.sqrt(h) * s * z, weight) for z, weight in Normal().nodes(power)]
         found: list[tuple[float, float]] = []
         for eta, weight in field.law(0.0).nodes(power):
             published = field.coefficients(0.0, torch.tensor(eta, dtype=torch.float64))
-            found.append((_dot([float(a) for a in field.stepped(0.0, h, published)], rates), weight))
+            found.append((dot([float(a) for a in field.stepped(0.0, h, published)], rates), weight))
         return found
 
     def step(self, field: Field, t: float, x: State, h: float, memory: Memory) -> tuple[State, Memory]:
@@ -195,7 +195,7 @@ class Milstein(StochasticScheme):
         return math.sqrt(h) * z
 
     def moves(self, field: StochasticField, rates: Sequence[float], h: float, power: int) -> list[tuple[float, float]]:
-        mu, s = (_dot(weights, rates) for weights in (field.means(0.0), field.deviations(0.0)))
+        mu, s = (dot(weights, rates) for weights in (field.means(0.0), field.deviations(0.0)))
         return [(h * (mu + s**2 * (z**2 - 1) / 2) + math.sqrt(h) * s * z, w) for z, w in Normal().nodes(2 * power)]
 
     def of_sde(self) -> StochasticScheme:
@@ -267,7 +267,7 @@ class StochasticTwoStep(StochasticScheme):
         return (kept if moved is None else kept + checked(moved, x)), (x, *rest)
 
 
-def _dot(weights: Sequence[float], rates: Sequence[float]) -> float:
+def dot(weights: Sequence[float], rates: Sequence[float]) -> float:
     return math.fsum(weight * rate for weight, rate in zip(weights, rates, strict=True))
 
 

@@ -1,11 +1,4 @@
-"""What to follow and to adapt in depth while Lightning runs: smoothness, frictions, and the step of the solver.
-
-| callback       | what it does                                                                    |
-| -------------- | ------------------------------------------------------------------------------- |
-| `LogSmoothness`| logs int |d theta / ds|^2 ds + tau |theta(0)|^2 of every flow                     |
-| `KeepFriction` | keeps the k of every layer of LM-ResNet, epoch by epoch                         |
-| `AdaptStep`    | h/2 where the accuracy of the network depends on h, about 1.1 h where it does not |
-"""
+"""What to follow and to adapt in depth while Lightning runs: smoothness, frictions, and the step of the solver."""
 
 import math
 from collections.abc import Sequence
@@ -243,11 +236,7 @@ def check_adaptable(solver: Solver, depths: Sequence[float]) -> None:
 
 
 def _per_layer(solver: Solver) -> int:
-    """The number of steps in the first layer.
-
-    Raises:
-        ValueError: no step ends at depth 1.
-    """
+    """The number of steps in the first layer; ValueError if none ends at depth 1."""
     return len(cast(Sequence[Step], solver.steps(0.0, 1.0)))
 
 
@@ -305,11 +294,6 @@ def more_precise(solver: Solver) -> FixedStep:
 def tighter(solver: Adaptive) -> Adaptive:
     """dopri5 with a fifth of the tolerances for a pair of lower order, the pair itself with a tenth otherwise."""
     low = solver.method in ("fehlberg2", "adaptive_heun", "bosh3")
-    share = 5 if low else 10
-    return replace(
-        solver,
-        method="dopri5" if low else solver.method,
-        rtol=solver.rtol / share,
-        atol=solver.atol / share,
-        max_evaluations=10 * solver.max_evaluations,
-    )
+    method, share = ("dopri5", 5) if low else (solver.method, 10)
+    budget = 10 * solver.max_evaluations
+    return replace(solver, method=method, rtol=solver.rtol / share, atol=solver.atol / share, max_evaluations=budget)

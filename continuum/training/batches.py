@@ -45,21 +45,14 @@ class KeyedBatches(DistributedSampler[Any]):
 
     def __iter__(self) -> Iterator[Request]:  # pyright: ignore[reportIncompatibleMethodOverride]
         epoch, start = self.epoch, 0
-        batches = None
         if self.shuffle and self.trainer is not None:
             epoch = self.trainer.current_epoch
-            batches = self.batches(epoch)
             progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
             start = progress.processed
-            start = 0 if start >= len(batches) else start
-        batches = self.batches(epoch) if batches is None else batches
-        for number in range(start, len(batches)):
-            yield batches[number], self.key(epoch, number)
-
-    def key(self, epoch: int, number: int) -> int:
-        if not self.shuffle:
-            return -1
-        return int(torch.randint(2**62, (), generator=keyed_generator(self.seed, "batch", epoch, number, self.rank)))
+        batches = self.batches(epoch)
+        for number in range(start if start < len(batches) else 0, len(batches)):
+            key = keyed_generator(self.seed, "batch", epoch, number, self.rank)
+            yield batches[number], int(torch.randint(2**62, (), generator=key)) if self.shuffle else -1
 
     def __len__(self) -> int:
         return len(self.batches(0))

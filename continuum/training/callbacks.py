@@ -129,11 +129,7 @@ def averaging(trainer: pl.Trainer) -> str | None:
 
 
 def network_of(module: pl.LightningModule, callback: Callback) -> Network:
-    """The network that a module trains.
-
-    Raises:
-        TypeError: it has none.
-    """
+    """The network that a module trains; TypeError if it has none."""
     network = getattr(module, "network", None)
     if not isinstance(network, Network):
         raise TypeError(

@@ -85,7 +85,14 @@ class Classifier(pl.LightningModule):
         self.smoothness = smoothness
         self.transport = transport
         self.end_time = end_time
-        self._check_penalties()
+        # Look at once for what the first training step would stumble over.
+        if smoothness is not None:
+            with torch.no_grad():
+                smoothness(network)
+        if transport is not None:
+            transport.check(network)
+        if end_time:
+            check_random_ends(network, end_time)
         self.learning_rate = learning_rate
         self.momentum = momentum
         self.weight_decay = weight_decay
@@ -100,16 +107,6 @@ class Classifier(pl.LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images)
-
-    def _check_penalties(self) -> None:
-        """Look at once for what the first training step would stumble over."""
-        if self.smoothness is not None:
-            with torch.no_grad():
-                self.smoothness(self.network)
-        if self.transport is not None:
-            self.transport.check(self.network)
-        if self.end_time:
-            check_random_ends(self.network, self.end_time)
 
     def setup(self, stage: str) -> None:
         """Look at the images that a data module has made ready.
@@ -303,12 +300,8 @@ class Classifier(pl.LightningModule):
             {"params": [p for p in parameters if id(p) not in friction], "weight_decay": self.weight_decay},
             {"params": [p for p in parameters if id(p) in friction], "weight_decay": 0.0},
         ]
-        optimizer = SGD(
-            [group for group in groups if group["params"]],
-            lr=self.learning_rate,
-            momentum=self.momentum,
-            nesterov=self.momentum > 0,
-        )
+        groups = [group for group in groups if group["params"]]
+        optimizer = SGD(groups, lr=self.learning_rate, momentum=self.momentum, nesterov=self.momentum > 0)
         if self.schedule is None:
             return optimizer
         scheduler = self.schedule.build(optimizer, self.trainer.estimated_stepping_batches)

@@ -345,11 +345,8 @@ class ImageFolder(ImageData):
 
     def _class_folders(self, part: str) -> list[str]:
         folder = Path(self.root) / part
-        names = (
-            sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != ".")
-            if folder.is_dir()
-            else []
-        )
+        entries = list(folder.iterdir()) if folder.is_dir() else []
+        names = sorted(entry.name for entry in entries if entry.is_dir() and entry.name[0] != ".")
         if not names:
             raise FileNotFoundError(
                 f"no class folders in {folder.resolve()}: ImageFolder reads <root>/train/<class>/ and <root>/test/<class>/; "

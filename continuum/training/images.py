@@ -143,11 +143,8 @@ def decoded(path: Path, size: int | None) -> Tensor:
 
 
 def in_rgb(image: Image.Image) -> Image.Image:
-    """Return an image of any of Pillow's modes in RGB of 8 bits.
-
-    Raises:
-        ValueError: 32-bit numbers, other integers than of 16 bits, or colours that Pillow does not convert.
-    """
+    """An image of any of Pillow's modes in RGB of 8 bits; ValueError for colours that Pillow does not convert, and for
+    32-bit numbers and integers of other than 16 bits, whose range is not known."""
     bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]  # a TIFF's BitsPerSample
     sixteen = (image.mode.startswith("I;16") and bits == 16) or (image.mode == "I" and image.format in ("PNG", "PPM"))
     if sixteen:  # Pillow itself would clip at 255
@@ -161,11 +158,7 @@ def in_rgb(image: Image.Image) -> Image.Image:
 
 
 def stacked(images: Sequence[tuple[Path, Tensor]]) -> Tensor:
-    """One tensor of equally large images.
-
-    Raises:
-        DataError: an image of another size, by name.
-    """
+    """One tensor of equally large images; DataError names one of another size."""
     shape = images[0][1].shape
     for path, image in images:
         if image.shape != shape:

@@ -38,7 +38,7 @@ class WritePredictions(BasePredictionWriter):
     def write_on_epoch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
     ) -> None:
-        samples = torch.cat(list(_flat(predictions))).float().cpu()
+        samples = torch.cat(list(_leaves(predictions))).float().cpu()
         found = dict(zip(_served(trainer, len(samples), batch_indices), samples, strict=True))
         if trainer.world_size > 1:
             parts: list[dict[int, Tensor]] = [{} for _ in range(trainer.world_size)]
@@ -89,16 +89,8 @@ def _rows(found: dict[int, Tensor], data: ImageData | None) -> Iterator[list[Any
         yield [image, *([files[image]] if files else []), *label, best, *numbers]
 
 
-def _flat(predictions: Sequence[Any]) -> Iterator[Tensor]:
-    """Batches in order; Lightning nests them by data loader where there are several."""
-    for item in predictions:
-        if isinstance(item, Tensor):
-            yield item
-        else:
-            yield from _flat(item)
-
-
 def _leaves(nested: Any) -> Iterator[Any]:
+    """What is in lists of lists, in order: Lightning nests batches by data loader where there are several."""
     if isinstance(nested, list | tuple):
         for item in nested:
             yield from _leaves(item)

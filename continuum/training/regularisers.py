@@ -1,11 +1,4 @@
-"""What training adds to the loss beside the error: depth-smooth weights, short and even paths, ends that vary.
-
-| class or option    | added to the loss, or done                                                              |
-| ------------------ | --------------------------------------------------------------------------------------- |
-| `DepthSmoothness`  | weight (int |d theta / ds|^2 ds + tau |theta(0)|^2), of every flow (arXiv 1810.11741)    |
-| `Transport`        | int (kinetic |f|^2 + jacobian |e^T df/dx|^2) / size dt, mean over images (arXiv 2002.02798) |
-| `random_ends`      | each flow ends at a depth uniform in [T - b, T + b] (arXiv 2006.10711)                  |
-"""
+"""What training adds to the loss beside the error: depth-smooth weights, short and even paths, ends that vary."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,11 +41,7 @@ class DepthSmoothness:
 
 
 def flows_in_depth(network: Network) -> dict[int, Field]:
-    """The fields whose weights are functions of depth, by the place of their flow among the flows.
-
-    Raises:
-        TypeError: there is none.
-    """
+    """The fields whose weights are functions of depth, by the place of their flow among the flows; TypeError without any."""
     fields = {i: flow.field for i, flow in enumerate(network.flows) if flow.field.expanded() is not None}
     if not fields:
         raise TypeError(

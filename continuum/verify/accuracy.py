@@ -30,8 +30,6 @@ from continuum.schemes import (
 from continuum.solvers import FixedStep
 from continuum.weights import PiecewiseConstant
 
-# Orders
-
 VARIANTS = (AdamsBashforth(3), AdamsBashforth(4), NeumannSeries(3), EulerMaruyama("brownian"))
 SCHEMES: tuple[Scheme, ...] = (*schemes.SCHEMES, *VARIANTS)
 REVERSIBLE = [scheme for scheme in schemes.SCHEMES if isinstance(scheme, ReversibleScheme)]
@@ -86,9 +84,6 @@ def scheme_orders(schemes: Sequence[Scheme] = SCHEMES) -> Iterator[Order]:
         solution = swing if field is PENDULUM else season
         errors = [float((Flow(field, FixedStep(scheme, h=1 / m), 2)(START) - solution).norm()) for m in (128, 256)]
         yield Order(scheme, math.log2(errors[0] / errors[1]))
-
-
-# Undoing
 
 
 @dataclass(frozen=True)

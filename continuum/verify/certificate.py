@@ -142,8 +142,6 @@ def _has_loop(solver: Solver) -> bool:
     return steps is not None and solver.direct() == FixedStep(scheme, steps[0][1])
 
 
-# The two sides: the network, and the plain loop on its tensors
-
 Run: TypeAlias = Callable[[Network, Images], Logits]
 
 
@@ -206,9 +204,6 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-# Differences
-
-
 def _distance(one: Tensor, other: Tensor) -> float:
     """The largest absolute difference; 0.0 only for what is equal to the bit."""
     if one.shape != other.shape:
@@ -236,8 +231,6 @@ def _first_difference(network: Network, images: Images, seed: int) -> tuple[str,
             return name, distance
     return "forward", math.nan
 
-
-# Small networks of every kind
 
 THREE = {"widths": (4, 8, 12)}
 RESNEXT = {"depth": 20, "cardinality": 2, "group_width": 16, "width": 4}

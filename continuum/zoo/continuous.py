@@ -56,9 +56,9 @@ def continuous_resnet(
         outputs, stride = width * 2**stage, 2 if stage else 1
         stages += [Transition(Projection(inputs, outputs, stride), PreActivation(inputs, outputs, stride)), flow(outputs)]
         inputs = outputs
-    head = PooledHead(nn.BatchNorm2d(inputs), inputs, num_classes)
     nodal = basis in ("constant", "hat")
-    return Network(ConvStem(in_channels, width, pool=False, smallest=1 if nodal else 5), stages, head)
+    stem = ConvStem(in_channels, width, pool=False, smallest=1 if nodal else 5)
+    return Network(stem, stages, PooledHead(inputs, num_classes))
 
 
 @builder
@@ -102,7 +102,7 @@ def odenet(
         modules.append(Flow(ODENetBranch(channels), solver, depth=1))
     channels = width * 2 ** (stages - 1)
     stem = MNISTStem(in_channels, width) if stages == 1 and downsample else nn.Conv2d(in_channels, width, 3, padding=1)
-    return Network(stem, modules, PooledHead(norm(channels), channels, num_classes))
+    return Network(stem, modules, PooledHead(channels, num_classes, norm))
 
 
 @builder

@@ -41,5 +41,5 @@ def fractalnet(
         raise ValueError(f"rates lie in [0, 1); got dropout {dropout} and drop_path {drop_path}")
     inputs = (in_channels, *widths[:-1])
     blocks = [FractalBlock(columns, *sizes) for sizes in zip(inputs, widths, dropout, strict=True)]
-    head = PlainHead(nn.AdaptiveAvgPool2d(1), widths[-1], num_classes)
+    head = PlainHead(widths[-1], num_classes, nn.AdaptiveAvgPool2d(1))
     return Network(nn.Identity(), [FractalStages(blocks, drop_path)], head)

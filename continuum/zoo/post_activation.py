@@ -13,7 +13,6 @@ from continuum.models.parts import (
     ConvStem,
     PlainHead,
     Transition,
-    WholeAverage,
     blocks_of,
     doubling,
     grouped,
@@ -137,7 +136,7 @@ def _post_activation(
 
     channels = doubling(expansion * width, len(blocks))
     stages = staged(width, channels, blocks, transition, layer, solver)
-    return Network(ConvStem(in_channels, width, pool=False), stages, PlainHead(WholeAverage(), channels[-1], num_classes))
+    return Network(ConvStem(in_channels, width, pool=False), stages, PlainHead(channels[-1], num_classes))
 
 
 IMAGENET: dict[int, tuple[Block, tuple[int, ...]]] = {
@@ -214,7 +213,7 @@ def imagenet_resnet(
 
     channels = doubling(expansion * 64, 4)
     stages = staged(64, channels, sizes, transition, layer, solver)
-    head = PlainHead(nn.AdaptiveAvgPool2d(1), channels[-1], num_classes)
+    head = PlainHead(channels[-1], num_classes, nn.AdaptiveAvgPool2d(1))
     return Network(ConvStem(in_channels, 64, pool=stem == "imagenet"), stages, head)
 
 
@@ -268,4 +267,4 @@ def polynet(
     sizes = [count + min(stage, 1) for stage, count in enumerate(blocks)]
     channels = doubling(width, len(blocks))
     stages = staged(width, channels, sizes, transition, layer, solver)
-    return Network(ConvStem(in_channels, width, pool=False), stages, PlainHead(WholeAverage(), channels[-1], num_classes))
+    return Network(ConvStem(in_channels, width, pool=False), stages, PlainHead(channels[-1], num_classes))

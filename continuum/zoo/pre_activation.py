@@ -160,9 +160,7 @@ def momentum_resnet(
         return Momentum(Autonomous(PreActivation(channels, channels)).scaled(1 - gamma), k=-gamma, learnt=False)
 
     network = pre_activation(blocks_of(depth, 6), num_classes, width, in_channels, 1, PreActivation, layer, solver)
-    stages: list[nn.Module] = []
-    for stage in network.stages:
-        stages += [AtRest(), stage] if isinstance(stage, Flow) else [stage]
+    stages = [part for stage in network.stages for part in ([AtRest(), stage] if isinstance(stage, Flow) else [stage])]
     return Network(network.stem, stages, network.head)
 
 
@@ -201,14 +199,13 @@ def wide_resnet(
 
     def transition(stage: int, inputs: int, outputs: int) -> SharedTransition:
         stride = 2 if stage else 1
-        branch = PreActivation(inputs, outputs, stride, dropout)
-        return SharedTransition(branch, conv1x1(inputs, outputs, stride))
+        return SharedTransition(PreActivation(inputs, outputs, stride, dropout), conv1x1(inputs, outputs, stride))
 
     def layer(stage: int, channels: int, index: int) -> Field:
         return Autonomous(PreActivation(channels, channels, dropout=dropout))
 
     stages = staged(16, doubling(16 * widen, 3), [blocks] * 3, transition, layer, solver)
-    return Network(conv3x3(in_channels, 16), stages, PooledHead(nn.BatchNorm2d(64 * widen), 64 * widen, num_classes))
+    return Network(conv3x3(in_channels, 16), stages, PooledHead(64 * widen, num_classes))
 
 
 @builder
@@ -263,14 +260,12 @@ def pre_activation(
     """
 
     def transition(stage: int, inputs: int, outputs: int) -> Transition:
-        stride = 2 if stage else 1
-        step = branch(inputs, outputs, stride)
-        return Transition(Projection(inputs, outputs, stride), step)
+        step = branch(inputs, outputs, 2 if stage else 1)
+        return Transition(Projection(inputs, outputs, 2 if stage else 1), step)
 
     def field(stage: int, channels: int, index: int) -> Field:
         return layer(channels, not stage and not index)
 
     channels = doubling(expansion * width, len(blocks))
     stages = staged(width, channels, blocks, transition, field, solver)
-    head = PooledHead(nn.BatchNorm2d(channels[-1]), channels[-1], num_classes)
-    return Network(conv3x3(in_channels, width), stages, head)
+    return Network(conv3x3(in_channels, width), stages, PooledHead(channels[-1], num_classes))

@@ -23,7 +23,7 @@ from continuum.fields.branches import conv3x3
 from continuum.fields.coupled import half_of
 from continuum.flow import Flow
 from continuum.models.network import Network, builder
-from continuum.models.parts import CoupledTransition, FromZero, PooledHead, PoolPad, Positions, StartMotion, staged
+from continuum.models.parts import CoupledTransition, FromZero, PooledHead, PoolPad, Positions, StartMotion, blocks_of, staged
 from continuum.solvers import Solver
 from continuum.weights import PiecewiseConstant
 
@@ -56,7 +56,7 @@ def revnet(
     Raises:
         ValueError: depth is not 12 n + 2, or an odd number of channels.
     """
-    blocks = _per_stage(depth, 12)
+    blocks = blocks_of(depth, 12)
     halves = [half_of(channels) for channels in _three(widths)]
 
     def transition(stage: int, before: int, after: int) -> CoupledTransition:
@@ -66,8 +66,8 @@ def revnet(
         pair = Coupled(Autonomous(PreActivation(half, half)), Autonomous(PreActivation(half, half)))
         return pair if scale == 1 else pair.scaled(scale)
 
-    stages = staged(halves[0], halves, [blocks] * 3, transition, layer, solver)
-    return Network(conv3x3(in_channels, widths[0]), stages, _head(widths[-1], num_classes))
+    stages = staged(halves[0], halves, blocks, transition, layer, solver)
+    return Network(conv3x3(in_channels, widths[0]), stages, PooledHead(widths[-1], num_classes))
 
 
 @builder
@@ -131,8 +131,9 @@ def midpoint(
     def layer(channels: int) -> Field:
         return Autonomous(Antisymmetric(channels, gamma)).scaled(h)
 
-    before = _choice("start", start, {"euler": [], "zero": [FromZero()]})
-    return _pooled(depth, 6, num_classes, widths, in_channels, layer, solver, before=before)
+    _check_start(start, "euler", "zero")
+    before = [FromZero()] if start == "zero" else []
+    return _pooled(depth, 6, num_classes, widths, in_channels, layer, solver, before)
 
 
 @builder
@@ -167,8 +168,8 @@ def leapfrog(
     def layer(channels: int) -> Field:
         return SecondOrder(Scaled(Autonomous(DoubleLayer(channels)), -(h**2)))
 
-    before = _choice("start", start, {"zero": [StartMotion(rest=False)], "rest": [StartMotion(rest=True)]})
-    return _pooled(depth, 6, num_classes, widths, in_channels, layer, solver, before=before, after=[Positions()])
+    _check_start(start, "zero", "rest")
+    return _pooled(depth, 6, num_classes, widths, in_channels, layer, solver, [StartMotion(start == "rest")], [Positions()])
 
 
 @builder
@@ -216,19 +217,14 @@ def _pooled(
     after: Sequence[nn.Module] = (),
 ) -> Network:
     """conv3x3, flows with pooling and zero channels between them, BN-ReLU, average, linear; modules around each flow."""
-    blocks = _per_stage(depth, layers)
     stages: list[nn.Module] = []
-    for stage, channels in enumerate(_three(widths)):
+    for stage, (channels, blocks) in enumerate(zip(_three(widths), blocks_of(depth, layers), strict=True)):
         # The first block of a stage has the channels of the stage before.
         count = blocks + (stage == 0) - (stage == 2)
         stages += [PoolPad(widths[stage - 1], channels)] if stage else []
         flow = Flow(PiecewiseConstant(layer(channels) for _ in range(count)), solver, depth=count)
         stages += [*before, flow, *after]
-    return Network(conv3x3(in_channels, widths[0]), stages, _head(widths[-1], num_classes))
-
-
-def _head(channels: int, num_classes: int) -> PooledHead:
-    return PooledHead(nn.BatchNorm2d(channels), channels, num_classes)
+    return Network(conv3x3(in_channels, widths[0]), stages, PooledHead(widths[-1], num_classes))
 
 
 def _three(widths: Sequence[int]) -> Sequence[int]:
@@ -237,14 +233,6 @@ def _three(widths: Sequence[int]) -> Sequence[int]:
     return widths
 
 
-def _per_stage(depth: int, layers: int) -> int:
-    blocks, rest = divmod(depth - 2, layers)
-    if rest or blocks < 2:
-        raise ValueError(f"depth is {layers} n + 2 with n >= 2 blocks a stage, not {depth}")
-    return blocks
-
-
-def _choice(name: str, value: str, choices: dict[str, list[nn.Module]]) -> list[nn.Module]:
-    if value not in choices:
-        raise ValueError(f"{name} is one of {', '.join(choices)}, not {value!r}")
-    return choices[value]
+def _check_start(start: str, *choices: str) -> None:
+    if start not in choices:
+        raise ValueError(f"start is one of {', '.join(choices)}, not {start!r}")

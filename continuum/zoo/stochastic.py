@@ -17,7 +17,6 @@ from continuum.models.parts import (
     PoolPad,
     Projection,
     ShiftedPaths,
-    WholeAverage,
     blocks_of,
     doubling,
     staged,
@@ -66,7 +65,7 @@ def stochastic_depth_resnet(
         return StochasticDepth(PostActivation(BasicBranch(channels, channels)), survivals[stage * blocks[0] + index], per=per)
 
     stages = staged(width, doubling(width, 3), blocks, transition, layer, solver)
-    return Network(ConvStem(in_channels, width, pool=False), stages, PlainHead(WholeAverage(), 4 * width, num_classes))
+    return Network(ConvStem(in_channels, width, pool=False), stages, PlainHead(4 * width, num_classes))
 
 
 @builder
@@ -114,7 +113,7 @@ def shake_shake(
 
     stages = staged(16, doubling(width, 3), blocks_of(depth, 6), transition, layer, solver)
     stem = nn.Sequential(conv3x3(in_channels, 16), nn.BatchNorm2d(16))
-    return Network(stem, stages, PooledHead(nn.Identity(), 4 * width, num_classes))
+    return Network(stem, stages, PooledHead(4 * width, num_classes, nn.Identity))
 
 
 @builder
@@ -159,8 +158,7 @@ def stochastic_lm_resnet(
         return Momentum(field) if block else field
 
     stages = staged(width, doubling(width, 3), blocks, transition, layer, solver)
-    head = PooledHead(nn.BatchNorm2d(4 * width), 4 * width, num_classes)
-    return Network(conv3x3(in_channels, width), stages, head)
+    return Network(conv3x3(in_channels, width), stages, PooledHead(4 * width, num_classes))
 
 
 @builder
@@ -223,4 +221,4 @@ def neural_sde(
     """
     flow = Flow(Gaussian(ODENetBranch(width), sigma, kind), solver, depth=1)
     stem = MNISTStem(in_channels, width) if downsample else nn.Conv2d(in_channels, width, 3, padding=1)
-    return Network(stem, [flow], PooledHead(group_norm(width), width, num_classes))
+    return Network(stem, [flow], PooledHead(width, num_classes, group_norm))

@@ -2,7 +2,8 @@
 
     OMP_NUM_THREADS=1 python -m experiments.endurance --out experiments/endurance/results/endurance.json
 
-takes about an hour on one core, and goes on where it was interrupted. Each part counts what it should not have seen; `--share 0.01` tries all of it out.
+takes about an hour on one core, and goes on where it was interrupted. Each part counts what it should not have seen;
+`--share 0.01` tries all of it out.
 """
 
 import argparse

@@ -75,12 +75,12 @@ def test_a_ratio_is_of_the_own_evaluations_and_of_one_round(monkeypatch: pytest.
     seconds = iter([9.0, 9.0, 2.0, 1.0, 10.0, 2.0, 4.0, 1.5])  # rounds of (f, solve), the first one to warm up
     order: list[str] = []
 
-    def timed(run: object, repeats: int, device: torch.device) -> float:
+    def timed(run: object, device: torch.device, repeats: int) -> float:
         assert callable(run)
         run()
         return next(seconds)
 
-    monkeypatch.setattr(timing, "_timed", timed)
+    monkeypatch.setattr(timing, "seconds_of", timed)
     ways = {"f": Way(lambda: order.append("f"), 10), "solve": Way(lambda: order.append("solve"), 20)}
     row, _ = compared(ways, replace(plan(quick=True), warm_up=1, rounds=3), CPU)
     assert order == ["solve", "f", "f", "solve", "solve", "f", "f", "solve"]

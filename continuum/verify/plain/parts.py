@@ -53,9 +53,6 @@ def bare(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
-# Parts
-
-
 def conv(w: Weights, x: Tensor, stride: int = 1, groups: int = 1, dilation: int = 1) -> Tensor:
     """A convolution padded to keep the size, but for the stride."""
     padding = dilation * (w["weight"].shape[-1] // 2)
@@ -97,8 +94,6 @@ def plain_head(w: Weights, x: Tensor) -> Tensor:
     """Average, linear."""
     return linear(w.at("linear"), F.avg_pool2d(x, x.shape[2:]).flatten(1))
 
-
-# The loop
 
 Kind: TypeAlias = Literal["transition", "start", "layer", "end"]
 

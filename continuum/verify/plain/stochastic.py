@@ -42,9 +42,6 @@ def part(published: Tensor, mean: float, h: float) -> Tensor:
     return published if h == 1 else math.sqrt(h) * published + (h - math.sqrt(h)) * mean
 
 
-# Stochastic depth
-
-
 def stochastic_depth_resnet(w: Weights, arguments: Arguments, images: Tensor) -> Iterator[Layer]:
     """relu(x + b F(x)) with b from Bernoulli(p), p falling from layer to layer; relu(x + p F(x)) in evaluation."""
     number = (arguments["depth"] - 2) // 6
@@ -104,9 +101,6 @@ def stochastic_lm_resnet(w: Weights, arguments: Arguments, images: Tensor) -> It
         return coins(arguments, x, survival(block))
 
     return loop(w, images, [number] * 3, layer, {"transition": transition}, draw=draw)
-
-
-# Shake-shake
 
 
 class Replaced(torch.autograd.Function):
@@ -173,9 +167,6 @@ def _paths(w: Weights, x: Tensor, stride: int) -> Tensor:
     moved = F.pad(x, (1, 0, 1, 0))[:, :, :-1, :-1]
     paths = [conv(w.at(name), seen, stride) for name, seen in (("conv1", x), ("conv2", moved))]
     return norm(w.at("norm"), torch.cat(paths, dim=1))
-
-
-# Noise on every entry
 
 
 def dropout_resnet(w: Weights, arguments: Arguments, images: Tensor) -> Iterator[Layer]:
