@@ -1,6 +1,8 @@
 """Whatever comes in from outside ends in a network, a solver, or an error of ours on one line; nothing of it runs."""
 
 import importlib
+import io
+import itertools
 import random
 import sys
 import time
@@ -8,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import continuum
 from continuum.cli import main
 from continuum.solvers import Solver, parse
+from continuum.training import ImageFolder
 
 sys.path.append(str(Path(__file__).parent.parent))
 hostile = importlib.import_module("experiments.endurance.hostile")
@@ -148,3 +152,28 @@ def test_a_configuration_that_is_none(text, capsys):
     assert ended.value.code == 2
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("continuum:"))
     assert "config.yaml is no configuration" in line
+
+
+def test_damaged_images(tmp_path):
+    """All that cannot be read are named at once; the others are images."""
+    draw, named = random.Random(0), 0
+    for number in range(20):
+        folder, damaged = tmp_path / str(number), []
+        for part, kind, image in itertools.product(("train", "test"), ("cat", "dog"), range(3)):
+            path = folder / part / kind / f"{image}.{'png' if number % 2 else 'jpg'}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            out = io.BytesIO()
+            Image.effect_noise((8, 8), 50).convert("RGB").save(out, "PNG" if number % 2 else "JPEG")
+            whole = out.getvalue()
+            path.write_bytes(hostile.scratched(whole, draw) if draw.random() < 0.2 else whole)
+            if path.read_bytes() != whole:
+                damaged.append(path.name)
+        data = ImageFolder(str(folder), size=8)
+        error = error_of(data.setup)
+        if error is None:
+            assert data.shape == (3, 8, 8)
+        else:
+            named += 1
+            assert damaged
+            assert "\n" not in error
+    assert named

@@ -121,7 +121,12 @@ def bomb(levels: int = 30) -> str:
 
 def damaged(content: bytes, draw: random.Random) -> bytes:
     """The bytes of a file after something has happened to them."""
-    kind = draw.randrange(5)
+    return _repacked(content, draw) if draw.random() < 0.2 else scratched(content, draw)
+
+
+def scratched(content: bytes, draw: random.Random) -> bytes:
+    """Bytes that are cut off, flipped, zeroed or put in between."""
+    kind = draw.randrange(4)
     place, length = draw.randrange(len(content)), draw.randrange(1, 400)
     if kind == 0:
         return content[:place]
@@ -129,9 +134,7 @@ def damaged(content: bytes, draw: random.Random) -> bytes:
         return content[:place] + bytes([content[place] ^ (1 << draw.randrange(8))]) + content[place + 1 :]
     if kind == 2:
         return content[:place] + bytes(length) + content[place + length :]
-    if kind == 3:
-        return content[:place] + draw.randbytes(length) + content[place:]
-    return _repacked(content, draw)
+    return content[:place] + draw.randbytes(length) + content[place:]
 
 
 def _repacked(content: bytes, draw: random.Random) -> bytes:

@@ -17,7 +17,7 @@ from continuum.cli import main
 from continuum.cli.bench import bench_parser
 from continuum.cli.compare import compare_parser
 from continuum.cli.parser import COMMANDS, LIGHTNING, Parser
-from continuum.training import Classifier, ImageData
+from continuum.training import Classifier, Digits, ImageData
 
 pytestmark = pytest.mark.usefixtures("command_line")
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -348,3 +348,25 @@ def test_a_network_without_a_flow_is_tested_and_not_compared(refused) -> None:
 )
 def test_numbers_of_no_sense_are_refused_before_training(refused, options: tuple[str, str], message: str) -> None:
     assert message in refused("fit", *QUIET, *options)
+
+
+def test_every_flow_is_tested_under_its_own_solver() -> None:
+    """As `continuum.load` solves it; an option for the solver is for all of them."""
+    odenet = ("--model.network", "continuum.zoo.odenet", "--model.network.init_args.stages", "3")
+    small = ("--model.network.init_args.width", "4", "--model.network.init_args.downsample", "false")
+    run("fit", *QUIET, *odenet, *small, "--trainer.max_steps", "1")
+    path = Path("checkpoints/last.ckpt")
+    content = torch.load(path, weights_only=True)
+    content["continuum"]["solvers"] = ["euler:h=1", "rk4:h=1", "dopri5:rtol=0.01,atol=0.01"]
+    torch.save(content, path)
+    for options, network in (
+        ((), continuum.load(path)),
+        (("--model.network.init_args.solver", "euler:h=0.5"), continuum.load(path).with_solver("euler:h=0.5")),
+    ):
+        run("predict", "--ckpt_path", str(path), *QUIET, *options)
+        with open("checkpoints/predictions.csv") as file:
+            found = [[float(row[f"p({name})"]) for name in range(10)] for row in csv.DictReader(file)]
+        data = Digits()
+        data.setup()
+        expected = torch.cat([torch.softmax(network(images), 1) for images, _ in data.test_batches()]).detach()
+        torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=2e-6)
