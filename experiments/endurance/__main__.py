@@ -137,7 +137,16 @@ def kills(count: int) -> Counter[str]:
         (folder / "right.yaml").write_text(Path("right.yaml").read_text())
         last = folder / "checkpoints" / "last.ckpt"
         resume = ["--ckpt_path", str(last.relative_to(folder))] if last.exists() else []
-        limits = ["--trainer.max_epochs", "100000", "--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1"]
+        limits = [
+            "--trainer.max_steps",
+            "-1",
+            "--trainer.max_epochs",
+            "100000",
+            "--trainer.limit_train_batches",
+            "2",
+            "--trainer.limit_val_batches",
+            "1",
+        ]
         code = "from continuum.cli import main; main()"
         process = subprocess.Popen(
             [sys.executable, "-c", code, "fit", "--config", "right.yaml", *QUIET, *limits, *resume],

@@ -17,7 +17,8 @@ from continuum.cli import main
 from continuum.cli.bench import bench_parser
 from continuum.cli.compare import compare_parser
 from continuum.cli.parser import COMMANDS, LIGHTNING, Parser
-from continuum.training import Classifier, Digits, ImageData
+from continuum.training import Classifier, Digits
+from continuum.training.data import DATA
 
 pytestmark = pytest.mark.usefixtures("command_line")
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -211,7 +212,7 @@ def test_every_option_is_documented(capsys: pytest.CaptureFixture[str]) -> None:
         for action in actions:
             if action.dest not in ("help", "model"):
                 assert action.help, f"{action.dest} has no help"
-    for data in ImageData.__subclasses__():
+    for data in DATA.values():
         parser = Parser()
         parser.add_class_arguments(data, "data")
         assert all(action.help for action in parser._actions), data
