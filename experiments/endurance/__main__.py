@@ -35,6 +35,8 @@ from experiments.endurance import hostile
 
 QUIET = ("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.logger", "false")
 SHORT = ("--trainer.max_steps", "1", "--trainer.limit_val_batches", "1")
+LONG = ("--trainer.max_steps", "-1", "--trainer.max_epochs", "100000")
+ENDLESS = (*LONG, "--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1")
 SLOW = 5.0
 """Seconds of processor time that no refusal takes."""
 MEMORY = 2**20
@@ -137,19 +139,9 @@ def kills(count: int) -> Counter[str]:
         (folder / "right.yaml").write_text(Path("right.yaml").read_text())
         last = folder / "checkpoints" / "last.ckpt"
         resume = ["--ckpt_path", str(last.relative_to(folder))] if last.exists() else []
-        limits = [
-            "--trainer.max_steps",
-            "-1",
-            "--trainer.max_epochs",
-            "100000",
-            "--trainer.limit_train_batches",
-            "2",
-            "--trainer.limit_val_batches",
-            "1",
-        ]
         code = "from continuum.cli import main; main()"
         process = subprocess.Popen(
-            [sys.executable, "-c", code, "fit", "--config", "right.yaml", *QUIET, *limits, *resume],
+            [sys.executable, "-c", code, "fit", "--config", "right.yaml", *QUIET, *ENDLESS, *resume],
             cwd=folder,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
