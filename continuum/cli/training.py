@@ -15,7 +15,6 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ProgressBar, RichProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from pytorch_lightning.trainer.states import TrainerFn
 
 from continuum.cli.inputs import described_data
 from continuum.cli.parser import LIGHTNING, Parser, check_yaml
@@ -23,7 +22,7 @@ from continuum.models import Network
 from continuum.models.archive import CheckpointError, existing, one_line, unpacked
 from continuum.models.checkpoint import KEY, read, restore
 from continuum.solvers import SolveError
-from continuum.training import Classifier, Digits, EndOnSignal, ImageData, LogCost, WritePredictions
+from continuum.training import Classifier, Compile, Digits, EndOnSignal, ImageData, LogCost, WritePredictions
 from continuum.training.images import DataError
 from continuum.zoo import BUILDERS
 
@@ -39,20 +38,6 @@ class SaveConfig(SaveConfigCallback):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "overwrite": True})
-
-
-class CompileNetwork(Callback):
-    """Compiles the network of a `Classifier`, after a checkpoint is loaded, which may replace it by its refined one."""
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, Classifier)
-        pl_module.network.compile()
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.VALIDATING:  # not within a fit
-            self.on_fit_start(trainer, pl_module)
-
-    on_test_start = on_predict_start = on_fit_start
 
 
 class Begun(Callback):
@@ -120,7 +105,7 @@ class CommandLine(LightningCLI):
             "--compile",
             type=bool,
             default=False,
-            help="compile the network with torch.compile: minutes for the first batches, less time for each of the others",
+            help="on a GPU each training step becomes one launch; elsewhere torch.compile takes minutes for the network",
         )
         # Safe as a default although jsonargparse carries arguments over to another class: all data modules share them.
         parser.set_defaults({"data": lazy_instance(Digits)})
@@ -140,7 +125,7 @@ class CommandLine(LightningCLI):
         if self.subcommand == "predict" and self.model.samples and not self.model.network.stochastic:
             self.parser.error("--samples are draws of the noise of a network, and no field of this one is a StochasticField")
         if self._get(self.config, "compile"):
-            self.trainer.callbacks.insert(0, CompileNetwork())  # pyright: ignore[reportAttributeAccessIssue]
+            self.trainer.callbacks.insert(0, Compile())  # pyright: ignore[reportAttributeAccessIssue]
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         given = config.get("callbacks") or []

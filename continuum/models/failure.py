@@ -1,6 +1,9 @@
 """Where a network's state stops being finite: fixed steps do not look while they run, so this runs them again and does."""
 
+from collections.abc import Callable, Iterable
+
 import torch
+from torch import Tensor
 
 from continuum.fields import Field
 from continuum.flow import Flow
@@ -13,6 +16,30 @@ from continuum.solvers.base import rows_not_finite, statistics_untouched
 from continuum.types import Images, State
 
 ADVICE = "Check these inputs and the weights; a lower learning rate, smaller steps or normalised inputs may help"
+
+
+def cause_of(network: Network, images: Images, loss: Callable[[], Tensor]) -> SolveError | None:
+    """Why a training step is not finite, by doing it again: a state, a statistic or a gradient; None if it is finite.
+
+    BatchNorm's buffers move as they do in training.
+    """
+    try:
+        total = loss()
+    except SolveError as error:
+        return error
+    if not torch.isfinite(total):
+        return find_failure(network, images)
+    if name := _broken(network.named_buffers()):
+        return not_finite(f"the statistics {name} are")
+    weights = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
+    gradients = torch.autograd.grad(total, list(weights.values()), allow_unused=True)
+    name = _broken(zip(weights, gradients, strict=True))
+    return not_finite(f"the gradient of {name} is") if name else None
+
+
+def _broken(tensors: Iterable[tuple[str, Tensor | None]]) -> str | None:
+    """The name of the first tensor that is not finite."""
+    return next((name for name, tensor in tensors if tensor is not None and not torch.isfinite(tensor).all()), None)
 
 
 @torch.no_grad()

@@ -130,8 +130,9 @@ class SolveError(RuntimeError):
     """A solve that cannot go on: a state that is not finite, a step that underflows, a spent budget.
 
     Weights and BatchNorm buffers are those from before the solve. The message is made from the attributes: `reason`,
-    `flow` (its name in the network), `depth` and `step` where it stopped, `evaluations` spent, `rows` of the batch at
-    fault, the sizes of the last `steps` that an adaptive solver tried, and `advice`.
+    `flow` (its name in the network), `batch` (epoch and batch of a training, both from 0 on), `depth` and `step` where it
+    stopped, `evaluations` spent, `rows` of the batch at fault, the sizes of the last `steps` that an adaptive solver tried,
+    and `advice`.
     """
 
     def __init__(
@@ -148,6 +149,7 @@ class SolveError(RuntimeError):
         super().__init__(reason)
         self.reason = reason
         self.flow: str | None = None
+        self.batch: tuple[int, int] | None = None
         self.depth = depth
         self.step = step
         self.evaluations = evaluations
@@ -157,12 +159,13 @@ class SolveError(RuntimeError):
 
     def __str__(self) -> str:
         where = f"in flow {self.flow} " if self.flow else ""
+        when = f" in batch {self.batch[1]} of epoch {self.batch[0]}" if self.batch else ""
         rows = ", ".join(map(str, self.rows[:8])) + (", ..." if len(self.rows) > 8 else "")
         at_fault = f"; batch rows at fault: {rows}" if self.rows else ""
         tried = f"; last steps tried: {', '.join(f'{step:.2g}' for step in self.steps)}" if self.steps else ""
         return (
             f"{self.reason} {where}at depth {self.depth:.6g} with step {self.step:.3g} after {self.evaluations} "
-            f"evaluations{at_fault}{tried}. {self.advice}"
+            f"evaluations{when}{at_fault}{tried}. {self.advice}"
         )
 
 

@@ -5,6 +5,7 @@ from continuum.training.callbacks import LogCost, Refine
 from continuum.training.classifier import Classifier
 from continuum.training.data import CIFAR10, CIFAR100, MNIST, Digits, FashionMNIST, ImageData, ImageFolder
 from continuum.training.endings import EndOnSignal, WholeFiles
+from continuum.training.launch import Compile, Launch
 from continuum.training.predictions import WritePredictions
 from continuum.training.regularisers import DepthSmoothness, Transport
 from continuum.training.schedules import OneCycle, Schedule, Steps
@@ -15,6 +16,7 @@ __all__ = [
     "MNIST",
     "AdaptStep",
     "Classifier",
+    "Compile",
     "DepthSmoothness",
     "Digits",
     "EndOnSignal",
@@ -22,6 +24,7 @@ __all__ = [
     "ImageData",
     "ImageFolder",
     "KeepFriction",
+    "Launch",
     "LogCost",
     "LogSmoothness",
     "OneCycle",

@@ -1,6 +1,7 @@
 """What to watch and to change while Lightning runs: the costs of solves, and the number of layers."""
 
 import copy
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,15 +17,21 @@ from continuum.models import Network
 class LogCost(Callback):
     """Logs evaluations, accepted and rejected steps of every flow, and all evaluations in the progress bar.
 
-    For modules that have a `network`, such as `Classifier`.
+    For modules that have a `network`, such as `Classifier`; it logs when the trainer does, or a second has passed.
     """
+
+    INTERVAL = 1.0
+    logged_at = -float("inf")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         network = getattr(pl_module, "network", None)
-        if not isinstance(network, Network):
+        every: int = trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
+        due = trainer.is_last_batch or (every and trainer.global_step % every == 0)
+        if not isinstance(network, Network) or not (due or time.monotonic() - self.logged_at > self.INTERVAL):
             return
+        self.logged_at = time.monotonic()
         total = 0
         for index, flow in enumerate(network.flows):
             if flow.cost is None:

@@ -1,24 +1,22 @@
 """Classification of images by any network: cross-entropy, SGD with Nesterov momentum, a learning-rate schedule."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD
 from torchmetrics.classification import MulticlassAccuracy
 
 from continuum.fields import Field
 from continuum.models import Network
 from continuum.models.checkpoint import KEY, CheckpointError, description, replay, solve_as
-from continuum.models.failure import find_failure, not_finite
+from continuum.models.failure import not_finite
 from continuum.noise.base import drops_branches, stochastic_fields
 from continuum.solvers import SolveError
 from continuum.training.callbacks import averaging
@@ -28,15 +26,14 @@ from continuum.training.fitting import check_fit
 from continuum.training.images import keyed_generator, keyed_seed
 from continuum.training.regularisers import DepthSmoothness, Transport, check_random_ends, random_ends
 from continuum.training.schedules import Schedule
+from continuum.training.tally import Batch
+from continuum.training.updates import Updates, drawing, elsewhere
 
 NOISE = "noise_seed"
 """Where a training checkpoint holds the seed of the noise."""
 
-Batch = tuple[Tensor, Tensor]
-"""Images, (batch, channels, height, width) in float32, and labels, (batch,) in int64."""
 
-
-class Classifier(pl.LightningModule):
+class Classifier(Updates):
     """Trains `network` to classify images.
 
     Args:
@@ -58,9 +55,9 @@ class Classifier(pl.LightningModule):
             negative or not less than a flow's depth; layers of several kinds under `smoothness`.
         TypeError: `smoothness` without weights that vary with depth, `transport` of flows whose scheme or noise does not
             allow an integral, `end_time` under fixed steps, noise or a learnt depth.
-        SolveError: a solve failed, or the loss is not finite; before any weight has changed, and with BatchNorm's buffers as
-            they were after the last good step. Under several ranks all of them raise; an adjoint that fails on the way back
-            raises on its rank alone.
+        SolveError: a solve failed, or a loss, a statistic of BatchNorm or a gradient is not finite; with weights, momentum and
+            buffers as they were after the last good step (see `Updates` for when it is seen). Under several ranks all of them
+            raise; an adjoint that fails on the way back raises on its rank alone.
     """
 
     def __init__(
@@ -99,9 +96,10 @@ class Classifier(pl.LightningModule):
         self.schedule = schedule
         self.samples = samples
         self.noise_seed: int | None = None
+        self.fails_alone = False
+        """Whether a solve may fail on one of several ranks, and the others have to hear of it."""
         self.broken, self.seen = torch.zeros((), dtype=torch.int64), 0
         self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
-        self.train_accuracy = MulticlassAccuracy(None, average="micro")
         self.val_accuracy = MulticlassAccuracy(None, average="micro")
         self.test_accuracy = MulticlassAccuracy(None, average="micro")
 
@@ -121,81 +119,43 @@ class Classifier(pl.LightningModule):
         if type(strategy.checkpoint_io) is TorchCheckpointIO:
             strategy.checkpoint_io = WholeFiles()
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    # Training
+
+    @property
+    def found(self) -> list[str]:
+        penalties = {"train/transport": self.transport, "train/smoothness": self.smoothness}
+        return ["train/loss", "train/accuracy", *(name for name, penalty in penalties.items() if penalty is not None)]
+
+    def objective(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         images, labels = batch
-        self.buffers_before = [(buffer, buffer.clone()) for buffer in self.network.buffers()]
-        loss, penalty, failure = None, None, None
+        failure, penalties = None, []
         try:
-            with self._noise_of_step(batch_idx):
-                logits, penalty = self._penalised(images)
-            loss = self.loss(logits, labels)
-            # One look at the device: fixed steps check nothing themselves, and statistics grow before a loss does.
-            statistics = _largest([buffer for buffer in self.network.buffers() if buffer.is_floating_point()])
-            if not torch.isfinite((loss if penalty is None else loss + penalty) + 0 * statistics):
-                with self._noise_of_step(batch_idx):
-                    failure = find_failure(self.network, images)
-                if torch.isfinite(loss) and (name := _broken(self.network.named_buffers())):
-                    failure = not_finite(f"the statistics {name} are")
+            if self.transport is None:
+                logits = self(images)
+            else:
+                logits, energies = self.network.integral(images, self.transport.integrand())
+                penalties.append(energies.mean())
         except SolveError as error:
             failure = error
         if not self._all_ranks_solved(failure is None):
-            self._restore_buffers()
-            raise failure or SolveError(
-                "a solve failed on another rank", depth=0.0, step=0.0, evaluations=0, advice="See that rank's message"
-            )
-        assert loss is not None
-        self.log("train/loss", loss.detach(), prog_bar=True)
-        self.train_accuracy(logits.detach(), labels)
-        self.log("train/accuracy", self.train_accuracy, on_step=False, on_epoch=True, prog_bar=True)
-        return loss if penalty is None else loss + penalty
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Look at the gradients, which overflow before the loss does; a gradient scaler, where there is one, looks itself.
-
-        Raises:
-            SolveError: one is not finite; the weights are those from before the step, and so are BatchNorm's buffers.
-        """
-        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
-            return
-        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
-        if not torch.isfinite(_largest(gradients)):  # equal on all ranks, which have added them up
-            self._restore_buffers()
-            name = _broken((name, p.grad) for name, p in self.network.named_parameters())
-            raise not_finite(f"the gradient of {name} is")
-
-    def _restore_buffers(self) -> None:
-        with torch.no_grad():
-            for buffer, value in self.buffers_before:
-                buffer.copy_(value)
-
-    def _penalised(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The logits, and the sum of the penalties if there are any."""
-        penalties: dict[str, Tensor] = {}
-        if self.transport is None:
-            logits = self(images)
-        else:
-            logits, energies = self.network.integral(images, self.transport.integrand())
-            penalties["train/transport"] = energies.mean()
+            raise failure or elsewhere()
         if self.smoothness is not None:
-            penalties["train/smoothness"] = self.smoothness(self.network)
-        if not penalties:
-            return logits, None
-        self.log_dict({name: penalty.detach() for name, penalty in penalties.items()})
-        return logits, torch.stack(list(penalties.values())).sum()
+            penalties.append(self.smoothness(self.network))
+        loss = self.loss(logits, labels)
+        correct = (logits.detach().argmax(dim=1) == labels).to(loss.dtype).mean()
+        return sum(penalties, loss), [loss.detach(), correct, *(penalty.detach() for penalty in penalties)]
 
     @contextmanager
-    def _noise_of_step(self, batch_idx: int) -> Iterator[None]:
+    def step_context(self, batch_idx: int) -> Iterator[None]:
         """Torch's generators as they are for this step alone, by (seed, epoch, step, rank); its flows draw in their order.
 
         So a resumed run draws what the uninterrupted one would have, and every rank something else. The random ends of the
         flows are those of the step too, and the same on all ranks, which may choose their steps together.
         """
-        device, step = self.device, (self.noise_seed, self.current_epoch, batch_idx)
-        with ExitStack() as stack:
-            stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-            torch.manual_seed(keyed_seed("noise", *step, self.global_rank))
-            if self.end_time and self.training:
-                stack.enter_context(random_ends(self.network.flows, self.end_time, keyed_generator("end", *step)))
+        step = self.noise_seed, self.current_epoch, batch_idx
+        random = self.end_time and self.training
+        ends = random_ends(self.network.flows, self.end_time, keyed_generator("end", *step)) if random else nullcontext()
+        with drawing(self.device, keyed_seed("noise", *step, self.global_rank)), ends:
             yield
 
     def on_fit_start(self) -> None:
@@ -205,7 +165,10 @@ class Classifier(pl.LightningModule):
             ValueError: a network that drops branches, under DistributedDataParallel that waits for all of their gradients; or
                 one in which the ranks choose their steps together in some flows only.
         """
+        super().on_fit_start()
         self._take_noise_seed()
+        known = (flow.solver.steps(0.0, flow.depth) is not None for flow in self.network.flows)
+        self.fails_alone = self.trainer.world_size > 1 and not all(known)
         adaptive = [flow.solver for flow in self.network.flows if flow.solver.adaptive]
         if self.trainer.world_size > 1 and len({solver.alone() == solver for solver in adaptive}) > 1:
             raise ValueError(
@@ -225,7 +188,7 @@ class Classifier(pl.LightningModule):
             self.noise_seed = self.trainer.strategy.broadcast(torch.initial_seed())
 
     def _all_ranks_solved(self, here: bool) -> bool:
-        return here if self.trainer.world_size == 1 else self.trainer.strategy.reduce_boolean_decision(here, all=True)
+        return self.trainer.strategy.reduce_boolean_decision(here, all=True) if self.fails_alone else here
 
     def on_validation_epoch_start(self) -> None:
         self.broken, self.seen = torch.zeros((), dtype=torch.int64, device=self.device), 0
@@ -278,7 +241,7 @@ class Classifier(pl.LightningModule):
         if not self.samples:
             found = torch.softmax(self(batch[0]), dim=1)
         else:
-            with self._noise_of_step(batch_idx):
+            with self.step_context(batch_idx):
                 found = torch.softmax(self.network.sample(batch[0], self.samples), dim=2).permute(1, 2, 0)
         self._look(found)
         return found
@@ -301,14 +264,23 @@ class Classifier(pl.LightningModule):
             {"params": [p for p in parameters if id(p) in friction], "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
-        optimizer = SGD(groups, lr=self.learning_rate, momentum=self.momentum, nesterov=self.momentum > 0)
+        fused = self.device.type in ("cpu", "cuda") and getattr(self.trainer.precision_plugin, "scaler", None) is None
+        optimizer = SGD(groups, lr=self.learning_rate, momentum=self.momentum, nesterov=self.momentum > 0, fused=fused)
+        for parameter in parameters if self.momentum else ():
+            # As torch's first step would make them; its fused update takes all momenta or none, and branches may be dropped.
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         if self.schedule is None:
             return optimizer
         scheduler = self.schedule.build(optimizer, self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self.schedule.interval}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Let the checkpoint say how to build the network, on which data it was trained, and the seed of its noise."""
+        """Let the checkpoint say how to build the network, on which data it was trained, and the seed of its noise.
+
+        Raises:
+            SolveError: a step since the last reading was not finite, so this state is not one to go on from.
+        """
+        super().on_save_checkpoint(checkpoint)
         checkpoint[NOISE] = self.noise_seed
         if self.network.blueprint is None:
             return
@@ -341,13 +313,3 @@ class Classifier(pl.LightningModule):
                 )
             self.network = replay(self.network, missing)
             solve_as(self.network, checkpoint[KEY]["solvers"])
-
-
-def _largest(tensors: Sequence[Tensor]) -> Tensor:
-    """The largest absolute value, which is no number if any entry is none."""
-    return get_total_norm(tensors, float("inf")) if tensors else torch.zeros(())
-
-
-def _broken(tensors: Iterable[tuple[str, Tensor | None]]) -> str | None:
-    """The name of the first tensor that is not finite."""
-    return next((name for name, tensor in tensors if tensor is not None and not torch.isfinite(tensor).all()), None)

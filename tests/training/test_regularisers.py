@@ -301,7 +301,7 @@ def test_penalties_are_of_training_alone() -> None:
     model.log = model.log_dict = lambda *_, **__: None  # type: ignore[method-assign, assignment]
     model.trainer = quiet_trainer()
     loss = model.training_step(batch, 0)
-    with model._noise_of_step(0):
+    with model.step_context(0):
         _, energies = model.network.integral(batch[0], Transport().integrand())
     expected = model.loss(model(batch[0]), batch[1]) + energies.mean()
     torch.testing.assert_close(loss, expected)

@@ -1,0 +1,104 @@
+"""What the training steps since the last reading found, added up where the network is, so that no step waits for it.
+
+    broken <- broken or not isfinite(loss, statistics, gradients);  statistics <- old where broken, else new
+
+The optimiser looks at `found_inf` itself: a broken step and all that follow leave weights, momentum and statistics as they
+were, until somebody reads.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+
+Batch = tuple[Tensor, Tensor]
+"""Images, (batch, channels, height, width) in float32, and labels, (batch,) in int64."""
+
+
+class Tally:
+    """Adds up what training steps of `network` find, and takes back what a broken one did to the buffers.
+
+    Args:
+        network: what is trained; its buffers stay the same tensors.
+        batch: a first batch.
+        names: of what is added up.
+    """
+
+    def __init__(self, network: nn.Module, batch: Batch, names: Sequence[str]) -> None:
+        self.network, self.names, device = network, names, batch[0].device
+        groups: dict[torch.dtype, list[Tensor]] = {}
+        for buffer in network.buffers():
+            groups.setdefault(buffer.dtype, []).append(_flat(buffer))
+        self.groups = list(groups.values())
+        self.saved = [torch.cat(group) for group in self.groups]
+        self.weights = [weight for weight in network.parameters() if weight.requires_grad]
+        # The images and labels of the first broken step; those of each size stay where a captured step writes them.
+        self.suspects: dict[torch.Size, Batch] = {}
+        self.take(batch)
+        # Zero, and no number from the first broken step on; what the optimiser reads; the sums, and the good steps behind them.
+        self.excess, self.found_inf = torch.zeros(2, device=device).unbind()
+        self.sums = torch.zeros(len(names) + 1, dtype=torch.promote_types(batch[0].dtype, torch.float32), device=device)
+
+    def take(self, batch: Batch) -> None:
+        """Expect batches of this size from now on, after a reading."""
+        shape = batch[0].shape
+        if shape not in self.suspects:
+            self.suspects[shape] = torch.empty_like(batch[0]), torch.empty_like(batch[1])
+        self.suspect = self.suspects[shape]
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Take the buffers as they are for good ones."""
+        for saved, group in zip(self.saved, self.groups, strict=True):
+            torch.cat(group, out=saved)
+
+    @torch.no_grad()
+    def judge(self, batch: Batch, loss: Tensor, found: Sequence[Tensor]) -> None:
+        """Look at a step before its update: at its loss, the statistics that it moved and the gradients that are there.
+
+        Args:
+            batch: the images and labels of the step.
+            loss: what was differentiated.
+            found: a mean over the images for each of the names.
+        """
+        broken_before = self.found_inf != 0
+        for kept, new in zip(self.suspect, batch, strict=True):
+            torch.where(broken_before, kept, new, out=kept)
+        fresh = [torch.cat(group) for group in self.groups]
+        numbers = [loss.detach(), *((0 * new).sum() for new in fresh if new.is_floating_point())]
+        if gradients := [weight.grad for weight in self.weights if weight.grad is not None]:
+            numbers.append(get_total_norm(gradients, float("inf")))
+        self.excess.add_((0 * torch.stack(numbers)).sum())
+        broken = self.excess != 0
+        self.found_inf.copy_(broken)
+        for saved, group, new in zip(self.saved, self.groups, fresh, strict=True):
+            torch.where(broken, saved, new, out=saved)
+            self._write(saved, group)
+        row = torch.stack([*found, torch.ones_like(found[0])])
+        self.sums.add_(torch.where(broken, 0.0, row))
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give the buffers the values from behind the last good step."""
+        for saved, group in zip(self.saved, self.groups, strict=True):
+            self._write(saved, group)
+
+    def read(self) -> tuple[int, dict[str, float], bool]:
+        """The good steps since the last reading, their means, and whether a broken one came behind them; begins anew.
+
+        This waits for the device.
+        """
+        *sums, good, broken = torch.cat([self.sums, self.found_inf[None]]).tolist()
+        self.sums.zero_()
+        return int(good), {name: total / max(good, 1) for name, total in zip(self.names, sums, strict=True)}, bool(broken)
+
+    @staticmethod
+    def _write(values: Tensor, group: list[Tensor]) -> None:
+        parts = values.split([buffer.numel() for buffer in group])
+        torch._foreach_copy_(group, parts)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _flat(buffer: Tensor) -> Tensor:
+    """A view of a dense buffer with one axis."""
+    return buffer.as_strided((buffer.numel(),), (1,))
