@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
 from runs import quiet_trainer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -60,7 +61,7 @@ def launched(model: Classifier) -> pl.Callback:
     return Put()
 
 
-def same(first: Network, second: Network, tolerance: float) -> None:
+def same(first: Network, second: Network, tolerance: float = 0.0) -> None:
     for (name, one), other in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
 
@@ -85,7 +86,7 @@ def test_a_launched_step_follows_the_schedule(schedule: Schedule) -> None:
         assert isinstance(trainer.optimizers[0].param_groups[0]["lr"], float)
         assert trainer.global_step == 18
         runs.append(model.network)
-    same(*runs, 0.0)
+    same(runs[0], runs[1])
 
 
 class Watch(TorchDispatchMode):
@@ -171,11 +172,11 @@ def test_a_broken_step_is_named_at_the_next_reading_and_nothing_is_lost(make: Ca
         fit(model, breaking(4, 9), count, *([launched(model)] if captured else []))
     assert caught.value.batch == (0, 4)
     assert count.steps == 8, "the end of the epoch reads"
-    same(model.network, good.network, 0.0)
+    same(model.network, good.network)
 
 
 def test_a_checkpoint_is_not_written_over_by_a_broken_state(tmp_path: Any) -> None:
-    kept = pl.callbacks.ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=2)
+    kept = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=2)
     model = Classifier(network())
     model.INTERVAL = 1e9
     with pytest.raises(SolveError, match="in batch 3 of epoch 0"):
