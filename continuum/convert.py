@@ -22,9 +22,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from continuum.files import whole_file
 from continuum.flow import Flow
-from continuum.models.archive import CheckpointError, existing, one_line, unpacked
+from continuum.models.archive import CheckpointError, existing, one_line, pack, unpacked
 from continuum.models.checkpoint import KEY
 from continuum.models.network import Network
 from continuum.models.parts import ConvNorm, Transition
@@ -161,8 +160,7 @@ def to_checkpoint(network: Network, path: str | os.PathLike[str]) -> None:
     assert network.blueprint is not None
     spelling = CIFAR if network.blueprint.builder == resnet.__name__ else TORCHVISION
     weights = _weights(network, _names(network, spelling))
-    with whole_file(path) as temporary:
-        torch.save(weights, temporary)
+    pack(weights, path)
 
 
 def _names(network: Network, spelling: Spelling) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import io
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -67,7 +68,9 @@ def _difference(logits: Tensor, expected: Tensor) -> float:
 
 def _torch_program(network: Network, path: Path, images: Images) -> Callable[[Images], Logits]:
     program = torch.export.export(network, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    torch.export.save(program, path)
+    written = io.BytesIO()  # torch's writer of files ends the process where the disk is full
+    torch.export.save(program, written)
+    path.write_bytes(written.getbuffer())
     return torch.export.load(path).module()
 
 

@@ -25,13 +25,18 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     clear(target.parent)
-    # A folder of its own, so that the file inside gets the permissions of any new file.
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{_mark()}{os.getpid()}-") as folder:
-        temporary = Path(folder) / target.name
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
+    try:
+        # A folder of its own, so that the file inside gets the permissions of any new file.
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{_mark()}{os.getpid()}-") as folder:
+            temporary = Path(folder) / target.name
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+    except OSError as error:
+        if error.filename is None:  # as where the disk is full
+            error.filename = str(target)
+        raise
 
 
 def clear(folder: Path) -> None:

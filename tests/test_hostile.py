@@ -154,6 +154,21 @@ def test_a_configuration_that_is_none(text, capsys):
     assert "config.yaml is no configuration" in line
 
 
+@pytest.mark.parametrize("options", [("--config", "good.yaml", "--config"), ("--model",), ("--trainer",), ("--data",)])
+@pytest.mark.usefixtures("command_line")
+def test_aliases_are_bounded_in_every_configuration(options, capsys):
+    """In a second one, in one of a part, and in a text, which is read as YAML once more."""
+    Path("good.yaml").write_text("trainer:\n  max_steps: 1\n")
+    for content in (f"a: {hostile.bomb()}", f'model:\n  learning_rate: "{hostile.bomb()}"'):
+        Path("bad.yaml").write_text(content)
+        start = time.process_time()
+        with pytest.raises(SystemExit) as ended:
+            main(["fit", *options, "bad.yaml"])
+        assert ended.value.code == 2
+        assert "aliases stand for more than" in capsys.readouterr().err
+        assert time.process_time() - start < 10
+
+
 def test_damaged_images(tmp_path):
     """All that cannot be read are named at once; the others are images."""
     draw, named = random.Random(0), 0

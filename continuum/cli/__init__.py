@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> None:
             import_module("continuum.cli.training").training_command(arguments)
         else:
             _about(arguments)
-    except (CheckpointError, FileNotFoundError) as error:
+    except (CheckpointError, OSError) as error:  # files that are not there or cannot be written, a full disk
         print(f"continuum: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except SolveError as error:

@@ -4,7 +4,7 @@ import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jsonargparse
 import torch
@@ -76,7 +76,7 @@ def _lines(key: str, arguments: Iterable[str]) -> list[str]:
     for argument in arguments:
         path = Path(argument.partition("=")[2] or argument)
         if path.suffix in (".yaml", ".yml") and path.is_file():
-            found += [f"{path}:{line}" for line in _key_lines(yaml.compose(path.read_text()), key)]
+            found += [f"{path}:{line}" for line in _key_lines(_nodes(path.read_text(encoding="utf-8")), key)]
     return found
 
 
@@ -93,18 +93,42 @@ MOST_NODES = 100_000
 """More values than any configuration has; aliases of aliases reach as many in ten lines."""
 
 
-def check_yaml(path: str) -> None:
-    """Look at a configuration before anything else reads it.
+def bounded_yaml(text: str) -> Any:
+    """What a configuration says, as jsonargparse reads it, wherever it comes from.
 
     Raises:
-        CheckpointError: no YAML, values of no meaning, an alias inside of what it stands for, or for too much.
+        yaml.YAMLError: no YAML, values of no meaning, an alias inside of what it stands for, or for too much.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        _count(yaml.compose(text), 0, ())
-        yaml.safe_load(text)
+        _nodes(text)
+        return read_yaml(text)
+    except yaml.YAMLError:
+        raise
     except Exception as error:  # values of no meaning fail anywhere in the reader
+        raise yaml.YAMLError(one_line(error)) from None
+
+
+read_yaml = jsonargparse.get_loader("yaml")
+jsonargparse.set_loader("yaml", bounded_yaml, (yaml.YAMLError,))
+
+
+def check_yaml(path: str) -> None:
+    """Look at a configuration before jsonargparse does, whose errors do not name it.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    try:
+        bounded_yaml(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise CheckpointError(f"{path} is no configuration: {one_line(error)}") from None
+
+
+def _nodes(text: str) -> yaml.Node | None:
+    """What YAML consists of, if it is not too much."""
+    node = yaml.compose(text)
+    _count(node, 0, ())
+    return node
 
 
 def _count(node: yaml.Node | None, before: int, above: tuple[int, ...]) -> int:
@@ -114,7 +138,22 @@ def _count(node: yaml.Node | None, before: int, above: tuple[int, ...]) -> int:
     if before > MOST_NODES:
         raise ValueError(f"its aliases stand for more than {MOST_NODES:,} values")
     count = before + 1
-    below = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else []
-    for part in node.value if isinstance(node, yaml.SequenceNode) else below:
+    match node:
+        case yaml.MappingNode():
+            below = [part for pair in node.value for part in pair]
+        case yaml.SequenceNode():
+            below = node.value
+        case yaml.ScalarNode() if "*" in node.value:  # a text, in which jsonargparse looks for values once more
+            below = [_composed(node.value)]
+        case _:
+            below = []
+    for part in below:
         count = _count(part, count, (*above, id(node)))
     return count
+
+
+def _composed(text: str) -> yaml.Node | None:
+    try:
+        return yaml.compose(text)
+    except yaml.YAMLError:
+        return None

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import sys
 import warnings
 from argparse import RawDescriptionHelpFormatter
@@ -18,6 +19,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveCon
 
 from continuum.cli.inputs import described_data
 from continuum.cli.parser import LIGHTNING, Parser, check_yaml
+from continuum.files import write_text
 from continuum.models import Network
 from continuum.models.archive import CheckpointError, existing, one_line, unpacked
 from continuum.models.checkpoint import KEY, read, restore
@@ -34,10 +36,12 @@ LATEST = ("last", "best", "hpc")
 
 
 class SaveConfig(SaveConfigCallback):
-    """Saves the resolved config beside the checkpoints; a resumed run finds its own and replaces it."""
+    """Writes the settings of a training, from which it goes on, to its log folder; an evaluation leaves them as they are."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{**kwargs, "overwrite": True})
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        folder = trainer.log_dir  # which all ranks ask for
+        if stage == TrainerFn.FITTING and trainer.is_global_zero:
+            write_text(self.parser.dump(self.config, skip_none=False), Path(folder or ".") / self.config_filename)
 
 
 class Begun(Callback):
@@ -93,7 +97,7 @@ class CommandLine(LightningCLI):
         self.trainer.callbacks.append(begun)  # pyright: ignore[reportAttributeAccessIssue]
         try:
             super()._run_subcommand(subcommand)
-        except (CheckpointError, DataError, MisconfigurationException, SolveError):
+        except (CheckpointError, DataError, MisconfigurationException, OSError, SolveError):
             raise
         except Exception as error:
             if begun.it_has:
@@ -115,8 +119,8 @@ class CommandLine(LightningCLI):
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
-        except (ArithmeticError, MemoryError, RuntimeError, TypeError, ValueError, MisconfigurationException) as error:
-            self.parser.error(one_line(error))  # arguments that a class refuses
+        except Exception as error:  # arguments that a class refuses, or a library of it that is not there
+            self.parser.error(one_line(error))
         network, data = self.of_file
         if network is not None:
             self.model.network = network
@@ -197,7 +201,7 @@ def _with_network(arguments: list[str]) -> Started:
     if {"--help", "-h"} & set(arguments):
         return arguments, None, None
     for option in ("--config", "-c"):
-        if (config := _value(arguments, option)) is not None and Path(config).is_file():
+        for config in filter(os.path.isfile, _values(arguments, option)):
             check_yaml(config)
     path = _value(arguments, "--ckpt_path")
     found = path in LATEST or (path is not None and "://" in path)
@@ -296,9 +300,15 @@ def _insert(arguments: list[str], options: dict[str, Any]) -> list[str]:
 
 
 def _value(arguments: list[str], option: str) -> str | None:
-    """The value given to `option`, as `--option value` or `--option=value`."""
-    for index, argument in enumerate(arguments):
+    """The last value given to `option`, which is the one that counts."""
+    return next(reversed(_values(arguments, option)), None)
+
+
+def _values(arguments: list[str], option: str) -> list[str]:
+    """The values given to `option`, as `--option value` or `--option=value`."""
+    found = []
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
         name, equals, value = argument.partition("=")
         if name == option:
-            return value if equals else (arguments[index + 1 : index + 2] or [None])[0]
-    return None
+            found.append(value if equals else following)
+    return found

@@ -1,4 +1,4 @@
-"""What torch.save wrote, read so that a file can do nothing: run code, take more memory than its size, hide damage."""
+"""Files of torch.save, read so that they can do nothing: run code, take more memory than their size, hide damage."""
 
 import os
 import pickle
@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from continuum.files import whole_file
 
 
 class CheckpointError(ValueError):
@@ -28,6 +30,22 @@ def existing(path: str | os.PathLike[str]) -> Path:
     except ValueError:  # a null character
         pass
     raise FileNotFoundError(f"no checkpoint at {os.path.abspath(str(path))}")
+
+
+def pack(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write plain data and tensors to `path`, whole.
+
+    Raises:
+        CheckpointError: the file cannot be written; the one before is whole.
+    """
+    try:
+        with whole_file(path) as temporary:
+            torch.save(content, temporary)
+    except (OSError, RuntimeError) as error:  # torch's writer raises a RuntimeError where a disk is full
+        kept = "; the file that was there is whole" if Path(path).exists() else ""
+        raise CheckpointError(
+            f"{path} cannot be written ({one_line(error)}){kept}: make room, or give another folder"
+        ) from error
 
 
 def unpacked(path: str | os.PathLike[str]) -> Any:

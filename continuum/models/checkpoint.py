@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from continuum.files import whole_file
 from continuum.flow import Flow
-from continuum.models.archive import CheckpointError, one_line, unpacked
+from continuum.models.archive import CheckpointError, one_line, pack, unpacked
 from continuum.models.network import Network
 from continuum.solvers import Adaptive, Solver
 from continuum.solvers.text import describe
@@ -71,10 +70,10 @@ def save(network: Network, path: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: the network was not built by a function decorated with `continuum.models.builder`.
         TypeError: no `Network`, or an argument of its builder that is neither plain data nor a solver with a textual form.
+        CheckpointError: the file cannot be written.
     """
     content = {KEY: description(network), "state_dict": network.state_dict()}
-    with whole_file(path) as temporary:
-        torch.save(content, temporary)
+    pack(content, path)
 
 
 def load(path: str | os.PathLike[str], builder: Callable[..., Network] | None = None) -> Network:

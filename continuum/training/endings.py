@@ -14,12 +14,10 @@ from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 
-from continuum.files import whole_file
-from continuum.models.checkpoint import CheckpointError
+from continuum.models.archive import pack
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -35,13 +33,7 @@ class WholeFiles(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         if "://" in str(path) or storage_options is not None:
             return super().save_checkpoint(checkpoint, path, storage_options)
-        try:
-            with whole_file(path) as temporary:
-                torch.save(checkpoint, temporary)
-        except (OSError, RuntimeError) as error:  # torch's writer raises a RuntimeError where a disk is full
-            kept = "; the checkpoint that was there is whole" if Path(path).exists() else ""
-            reason = " ".join(str(error).split())
-            raise CheckpointError(f"{path} cannot be written ({reason}){kept}: make room, or give another folder") from error
+        pack(checkpoint, path)
 
 
 class EndOnSignal(Callback):

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -245,6 +246,38 @@ def test_the_bar_and_the_checkpoints_can_be_turned_off(flag: str, written: bool)
     assert Path("checkpoints/last.ckpt").is_file() == written
 
 
+def test_an_evaluation_leaves_the_settings_of_the_training() -> None:
+    """From which it goes on."""
+    Path("first.yaml").write_text(CONFIG)
+    run("fit", "--config", "first.yaml", *QUIET)
+    settings = Path("config.yaml").read_text()
+    for command in ("validate", "test", "predict"):
+        run(command, "--ckpt_path", "checkpoints/last.ckpt", *QUIET)
+        assert Path("config.yaml").read_text() == settings
+    run("fit", "--config", "config.yaml", "--ckpt_path", "checkpoints/last.ckpt", *QUIET, "--trainer.max_epochs", "3")
+    assert torch.load("checkpoints/last.ckpt", weights_only=True)["epoch"] == 2
+
+
+def test_files_that_cannot_be_written_are_one_line(refused) -> None:
+    """As on a full disk: by a limit of their size, which is the system's."""
+    run(*SHORT[:1], *QUIET, "--trainer.max_steps", "1")
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    checkpoint, limits = "checkpoints/last.ckpt", resource.getrlimit(resource.RLIMIT_FSIZE)
+    for arguments in (
+        ("fit", "--config", "config.yaml", *QUIET, "--ckpt_path", checkpoint, "--trainer.max_steps", "2"),
+        ("predict", "--ckpt_path", checkpoint, *QUIET),
+        ("compare", checkpoint, "--solver", "rk4:h=1", "--images", "4", "--device", "cpu"),
+        ("convert", checkpoint, "network.pt2", "--solver", "rk4:h=1", "--image_size", "8"),
+    ):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        try:
+            message = refused(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert "File too large" in message
+        assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
+
+
 def test_a_config_may_come_before_its_command() -> None:
     Path("all.yaml").write_text("fit:\n" + "".join(f"  {line}\n" for line in CONFIG.splitlines()))
     run("--config", "all.yaml", *SHORT[:1], *QUIET, "--trainer.max_steps", "1")
@@ -280,6 +313,7 @@ def test_a_checkpoint_that_is_not_there_is_named(refused, tmp_path: Path, comman
         (["--model.network.init_args.downsample", "true"], ["8 x 8", "10 x 10"]),
         (["--model.network.init_args.num_classes", "7"], ["7 outputs", "num_classes=10"]),
         (["--trainer.accelerator", "nonsense"], ["nonsense"]),
+        (["--trainer.precision", "transformer-engine"], ["transformer_engine"]),
         (["--trainer.strategy", "nonsense"], ["nonsense"]),
         (["--trainer.devices", "0"], ["0"]),
         (["--data.init_args.batch_size", "0"], ["continuum: batch_size is at least 1, not 0"]),

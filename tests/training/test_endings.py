@@ -6,6 +6,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,17 +21,23 @@ from continuum.models.checkpoint import CheckpointError
 from continuum.training import Classifier, Digits, EndOnSignal, OneCycle, WholeFiles
 from continuum.zoo import preresnet
 
-SLOW = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.logger", "false"]
+QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.logger", "false"]
+SMALL = ["--data.init_args.train_size", "64"]
 
 
-def start(folder: Path, *options: str) -> subprocess.Popen[str]:
-    """`continuum fit` in a process of its own, which writes to `folder`."""
-    command = [sys.executable, "-c", "from continuum.cli import main; main()", "fit", *SLOW, *options]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+@contextmanager
+def started(folder: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
+    """`continuum fit` in a process of its own, which writes to `folder`; it does not outlive the block."""
+    command = [sys.executable, "-c", "from continuum.cli import main; main()", "fit", *QUIET, *options]
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    for _ in range(600):
+    for _ in range(2400):
         if path.exists():
             return
         assert process.poll() is None, process.stderr and process.stderr.read()
@@ -40,16 +48,17 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leaves_a_checkpoint_that_the_next_run_goes_on_from(tmp_path: Path, number: signal.Signals) -> None:
     last = tmp_path / "checkpoints" / "last.ckpt"
-    process = start(tmp_path, "--trainer.max_epochs", "1000")
-    wait_for(last, process)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 128 + number, errors
+    with started(tmp_path, *SMALL, "--trainer.max_epochs", "1000") as process:
+        wait_for(last, process)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 128 + number, errors
     assert f"ended by {number.name}" in errors
     step = torch.load(last, weights_only=True)["global_step"]
-    process = start(tmp_path, "--config", "config.yaml", "--trainer.max_steps", str(step + 3), "--ckpt_path", str(last))
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    options = ("--config", "config.yaml", "--trainer.max_steps", str(step + 3), "--ckpt_path", str(last))
+    with started(tmp_path, *options) as process:
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors
     assert torch.load(last, weights_only=True)["global_step"] == step + 3
 
 
@@ -143,7 +152,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: p
         raise error
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(CheckpointError, match=r"cannot be written .*the checkpoint that was there is whole"):
+    with pytest.raises(CheckpointError, match=r"cannot be written .*the file that was there is whole"):
         WholeFiles().save_checkpoint({"step": 2}, path)
     assert torch.load(path, weights_only=True) == {"step": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == ["last.ckpt"]
