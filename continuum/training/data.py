@@ -158,6 +158,10 @@ class ImageData(pl.LightningDataModule, ABC):
         """The `images` at `indices` without a trainer, in their order and as they are: normalised batches on the CPU."""
         return BatchLoader(images, InOrder(indices, self.batch_size), self.mean, self.std, self._dtype(), torch.device("cpu"))
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Leave a batch where it is: the loaders serve it where it is needed."""
+        return batch
+
     def _loader(
         self, images: LabelledImages | None, plan: Plan, position: Callable[[], tuple[int, int]] = at_start
     ) -> BatchLoader:
