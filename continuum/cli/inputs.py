@@ -13,8 +13,8 @@ from continuum.models import Network
 from continuum.models.archive import CheckpointError, one_line
 from continuum.models.checkpoint import KEY, check_plain
 from continuum.training import ImageData
-from continuum.training.data import DATA
 from continuum.training.fitting import check_fit
+from continuum.training.sets import DATA
 
 
 class Images(NamedTuple):

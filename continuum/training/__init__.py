@@ -3,12 +3,13 @@
 from continuum.training.adaptation import AdaptStep, KeepFriction, LogSmoothness
 from continuum.training.callbacks import LogCost, Refine
 from continuum.training.classifier import Classifier
-from continuum.training.data import CIFAR10, CIFAR100, MNIST, Digits, FashionMNIST, ImageData, ImageFolder
+from continuum.training.data import ImageData
 from continuum.training.endings import EndOnSignal, WholeFiles
 from continuum.training.launch import Compile, Launch
 from continuum.training.predictions import WritePredictions
 from continuum.training.regularisers import DepthSmoothness, Transport
 from continuum.training.schedules import OneCycle, Schedule, Steps
+from continuum.training.sets import CIFAR10, CIFAR100, MNIST, Digits, FashionMNIST, ImageFolder
 
 __all__ = [
     "CIFAR10",

@@ -1,33 +1,20 @@
-"""Images for classification, in memory as uint8 and augmented in whole batches on the training device.
+"""Images for classification under Lightning: parts that the seed chooses, held as uint8 where the network trains.
 
-Random numbers are keyed, not consumed: an epoch's order derives from (seed, epoch), a batch's augmentation from (seed, epoch,
-batch, rank). So a resumed run repeats the uninterrupted one, and no generator state is kept.
+Random numbers are keyed, not consumed: order and augmentation of an epoch derive from (seed, epoch). So a resumed run repeats
+the uninterrupted one, and no generator state is kept.
 """
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Literal, get_args
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
-from continuum.training.batches import BatchLoader, KeyedBatches, Loader
-from continuum.training.images import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    DataError,
-    InMemory,
-    LabelledImages,
-    OnDisk,
-    RawBatch,
-    augmented,
-    is_image,
-    keyed_generator,
-)
+from continuum.training.batches import BatchLoader, InOrder, Plan, Shuffled, at_start
+from continuum.training.images import IMAGENET_MEAN, IMAGENET_STD, DataError, LabelledImages, keyed_generator
 
 Normalisation = Literal["training", "imagenet"]
 
@@ -47,6 +34,8 @@ class ImageData(pl.LightningDataModule, ABC):
         train_size: train on so many images only, chosen by the seed.
         seed: of the split, the order of the batches and the augmentation.
         normalisation: by the statistics of the "training" images, or of "imagenet", which networks from elsewhere expect.
+        device_share: a set in memory is copied to the training GPU if it takes at most this share of what is free there; 0
+            leaves it on the CPU, from where it goes batch by batch.
     """
 
     usual_crop: ClassVar[int] = 0
@@ -61,6 +50,7 @@ class ImageData(pl.LightningDataModule, ABC):
         train_size: int | None = None,
         seed: int = 0,
         normalisation: Normalisation = "training",
+        device_share: float = 0.5,
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -75,6 +65,8 @@ class ImageData(pl.LightningDataModule, ABC):
             raise ValueError(f"train_size is a positive number of images, not {train_size}")
         if normalisation not in get_args(Normalisation):
             raise ValueError(f"normalisation is one of {', '.join(get_args(Normalisation))}, not {normalisation!r}")
+        if not 0 <= device_share <= 1:
+            raise ValueError(f"device_share is a share of the memory that is free on a GPU, in [0, 1], not {device_share}")
         self.batch_size = batch_size
         self.validation = validation
         self.crop = self.usual_crop if crop is None else crop
@@ -82,6 +74,7 @@ class ImageData(pl.LightningDataModule, ABC):
         self.train_size = train_size
         self.seed = seed
         self.normalisation: Normalisation = normalisation
+        self.device_share = device_share
         self.classes: list[str] = []
         self.train_images: LabelledImages | None = None
 
@@ -113,15 +106,12 @@ class ImageData(pl.LightningDataModule, ABC):
         self.test_images, train = found
         for part in found:
             self._check_labels(part.labels)
-        if isinstance(train, InMemory) and self.normalisation == "training":
-            self.mean, self.std = train.statistics()
-        else:
-            self.mean, self.std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
-        first = torch.tensor([0])
-        self.shape = tuple(train.images(first).shape[1:])
+        imagenet = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+        self.mean, self.std = train.statistics() if self.normalisation == "training" else imagenet
+        self.shape = train.shape
         if len(self.mean) != self.shape[0]:
             raise DataError(f"imagenet's statistics are of three channels, these images have {self.shape[0]}: use 'training'")
-        if (shape := tuple(self.test_images.images(first).shape[1:])) != self.shape:
+        if (shape := self.test_images.shape) != self.shape:
             raise DataError(f"training images are {self.shape}, test images {shape} (channels, height, width): give size")
         order = torch.randperm(len(train), generator=keyed_generator(self.seed, "split"))
         held_out = round(self.validation * len(train))
@@ -140,25 +130,18 @@ class ImageData(pl.LightningDataModule, ABC):
                 f"{int(labels.max())}"
             )
 
-    def _loader(self, images: LabelledImages | None, indices: Tensor, shuffle: bool) -> Loader:
-        assert images is not None, "setup comes first"
-        if getattr(self.trainer, "overfit_batches", 0):
-            raise DataError("overfit_batches would replace the order of the batches: overfit with a small train_size instead")
-        sampler = KeyedBatches(indices, self.batch_size, self.seed, shuffle, self.trainer)
-        workers = self.workers if isinstance(images, OnDisk) and isinstance(self, ImageFolder) else 0
-        unused = torch.Generator()  # without one, every iterator draws a seed for its workers from the global generator
-        return BatchLoader(images, batch_size=None, sampler=sampler, num_workers=workers, generator=unused)
+    def train_dataloader(self) -> BatchLoader:
+        rank, ranks = self._rank()
+        plan = Shuffled(self.train_indices, self.batch_size, rank, ranks, self.seed, self.crop, self.flip)
+        return self._loader(self.train_images, plan, self._position)
 
-    def train_dataloader(self) -> Loader:
-        return self._loader(self.train_images, self.train_indices, shuffle=True)
+    def val_dataloader(self) -> BatchLoader:
+        return self._loader(self.train_images, InOrder(self.val_indices, self.batch_size, *self._rank()))
 
-    def val_dataloader(self) -> Loader:
-        return self._loader(self.train_images, self.val_indices, shuffle=False)
+    def test_dataloader(self) -> BatchLoader:
+        return self._loader(self.test_images, InOrder(torch.arange(len(self.test_images)), self.batch_size, *self._rank()))
 
-    def test_dataloader(self) -> Loader:
-        return self._loader(self.test_images, torch.arange(len(self.test_images)), shuffle=False)
-
-    def predict_dataloader(self) -> Loader:
+    def predict_dataloader(self) -> BatchLoader:
         return self.test_dataloader()
 
     def test_batches(self, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
@@ -169,211 +152,38 @@ class ImageData(pl.LightningDataModule, ABC):
         indices = torch.arange(count)
         if limit is not None and limit < count:
             indices = torch.randperm(count, generator=keyed_generator(self.seed, "subset"))[:limit].sort().values
-        for batch in indices.split(self.batch_size):
-            yield self.on_after_batch_transfer(self.test_images[batch, -1], 0)
+        return iter(self.plain_batches(self.test_images, indices))
 
-    def on_after_batch_transfer(self, batch: RawBatch, dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        images, labels, key = batch
-        if key >= 0:
-            images = augmented(images, self.crop, self.flip, keyed_generator(key))
-        weights = self._dtype()
-        dtype = torch.promote_types(weights, torch.float32)
-        mean, std = (255 * s.to(images.device, dtype).view(1, -1, 1, 1) for s in (self.mean, self.std))
-        return ((images.to(dtype) - mean) / std).to(weights), labels
+    def plain_batches(self, images: LabelledImages, indices: Tensor) -> BatchLoader:
+        """The `images` at `indices` without a trainer, in their order and as they are: normalised batches on the CPU."""
+        return BatchLoader(images, InOrder(indices, self.batch_size), self.mean, self.std, self._dtype(), torch.device("cpu"))
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Leave a batch where it is: the loaders serve it where it is needed."""
+        return batch
+
+    def _loader(
+        self, images: LabelledImages | None, plan: Plan, position: Callable[[], tuple[int, int]] = at_start
+    ) -> BatchLoader:
+        assert images is not None, "setup comes first"
+        if getattr(self.trainer, "overfit_batches", 0):
+            raise DataError("overfit_batches would replace the order of the batches: overfit with a small train_size instead")
+        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        placed = images.on(device, self.device_share)
+        return BatchLoader(placed, plan, self.mean, self.std, self._dtype(), device, position)
+
+    def _rank(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _position(self) -> tuple[int, int]:
+        """The epoch of the trainer, and how many of its batches have been trained on."""
+        if self.trainer is None:
+            return at_start()
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        return self.trainer.current_epoch, progress.processed
 
     def _dtype(self) -> torch.dtype:
         """The floating-point type of the weights that a trainer trains, as of precision="64-true"; float32 without one."""
         module = getattr(self.trainer, "lightning_module", None)
         types = (parameter.dtype for parameter in module.parameters()) if module is not None else ()
         return next((dtype for dtype in types if dtype.is_floating_point), torch.float32)
-
-
-class Digits(ImageData):
-    """The 1,797 handwritten digits of scikit-learn, 8 x 8 pixels and one channel; every fifth is a test image."""
-
-    def load(self, train: bool) -> LabelledImages:
-        from sklearn.datasets import load_digits
-
-        digits: Any = load_digits()
-        pixels = (torch.from_numpy(digits.images) * (255 / 16)).round().to(torch.uint8)[:, None]
-        labels = torch.from_numpy(digits.target).long()
-        self.classes = [str(name) for name in digits.target_names]
-        test = torch.arange(len(labels)) % 5 == 4
-        chosen = ~test if train else test
-        return InMemory(pixels[chosen], labels[chosen])
-
-
-class TorchvisionData(ImageData):
-    """A data set of torchvision under `root`, downloaded when it is not there.
-
-    Args:
-        root: the folder that holds the data set, or takes the download.
-        batch_size: images a batch and rank.
-        validation: the share of the training images that is held out; never the test images.
-        crop: pad by so many black pixels and crop at random; None takes what is usual for the set.
-        flip: mirror half of the training images; None takes what is usual for the set.
-        train_size: train on so many images only, chosen by the seed.
-        seed: of the split, the order of the batches and the augmentation.
-        normalisation: by the statistics of the "training" images, or of "imagenet", which networks from elsewhere expect.
-
-    Raises:
-        FileNotFoundError: the data are not there and cannot be downloaded.
-    """
-
-    def __init__(
-        self,
-        root: str = "data",
-        batch_size: int = 128,
-        validation: float = 0.1,
-        crop: int | None = None,
-        flip: bool | None = None,
-        train_size: int | None = None,
-        seed: int = 0,
-        normalisation: Normalisation = "training",
-    ) -> None:
-        super().__init__(batch_size, validation, crop, flip, train_size, seed, normalisation)
-        self.root = root
-
-    def prepare_data(self) -> None:
-        self._open(train=True, download=True)
-        self._open(train=False, download=True)
-
-    def _open(self, train: bool, download: bool = False) -> Any:
-        from torchvision import datasets
-
-        name = type(self).__name__
-        try:
-            return getattr(datasets, name)(self.root, train=train, download=download)
-        except (OSError, RuntimeError) as error:  # a failed download, or files that are missing or damaged
-            reason = " ".join(str(error).split())
-            raise FileNotFoundError(
-                f"{name} is not in {Path(self.root).resolve()} and could not be downloaded ({reason}): run once with network "
-                f"access, or copy there the folder that torchvision.datasets.{name}(root, download=True) makes elsewhere"
-            ) from None
-
-    def load(self, train: bool) -> LabelledImages:
-        found = self._open(train)
-        self.classes = [str(name) for name in found.classes]
-        pixels = torch.as_tensor(found.data)
-        pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
-        return InMemory(pixels, torch.as_tensor(found.targets).long())
-
-
-class MNIST(TorchvisionData):
-    """MNIST: 28 x 28 pixels, one channel, ten digits."""
-
-    usual_crop = 2
-
-
-class FashionMNIST(TorchvisionData):
-    """Fashion-MNIST: 28 x 28 pixels, one channel, ten kinds of clothing (arXiv 1708.07747)."""
-
-    usual_crop = 2
-    usual_flip = True
-
-
-class CIFAR10(TorchvisionData):
-    """CIFAR-10: 32 x 32 pixels, three channels, ten classes."""
-
-    usual_crop = 4
-    usual_flip = True
-
-
-class CIFAR100(TorchvisionData):
-    """CIFAR-100: 32 x 32 pixels, three channels, a hundred classes."""
-
-    usual_crop = 4
-    usual_flip = True
-
-
-class ImageFolder(ImageData):
-    """A folder with train/<class>/ and test/<class>/ of images (JPEG, PNG and whatever else Pillow reads).
-
-    Images arrive with three channels. 16-bit grey is rounded to 8 bits, and transparent pixels show black. Files that are no
-    images by their names (notes.txt, Thumbs.db) are left out and counted in one line.
-
-    Args:
-        root: the folder.
-        size: scale the shorter side to so many pixels and crop the centre; None for images of one size.
-        memory_limit: sets of more decoded bytes are read from disk, batch by batch.
-        workers: processes that decode images from disk.
-        batch_size: images a batch and rank.
-        validation: the share of the training images that is held out; never the test images.
-        crop: pad by so many black pixels and crop at random; None takes 4.
-        flip: mirror half of the training images; None does.
-        train_size: train on so many images only, chosen by the seed.
-        seed: of the split, the order of the batches and the augmentation.
-        normalisation: by the statistics of the "training" images, or of "imagenet", which networks from elsewhere expect.
-
-    Raises:
-        FileNotFoundError: train/ or test/ is missing, or holds no image.
-        DataError: their classes differ, sizes differ without `size`, or images cannot be read: all that are met in memory,
-            and where images stay on disk, all of the part, as soon as one of them is asked for.
-    """
-
-    usual_crop = 4
-    usual_flip = True
-
-    def __init__(
-        self,
-        root: str,
-        size: int | None = None,
-        memory_limit: int = 2**31,
-        workers: int = 2,
-        batch_size: int = 128,
-        validation: float = 0.1,
-        crop: int | None = None,
-        flip: bool | None = None,
-        train_size: int | None = None,
-        seed: int = 0,
-        normalisation: Normalisation = "training",
-    ) -> None:
-        super().__init__(batch_size, validation, crop, flip, train_size, seed, normalisation)
-        if size is not None and size < 1:
-            raise ValueError(f"size is a positive number of pixels, not {size}")
-        if workers < 0:
-            raise ValueError(f"workers is a number of processes, not {workers}")
-        self.root, self.size, self.memory_limit, self.workers = root, size, memory_limit, workers
-
-    def prepare_data(self) -> None:
-        train, test = (set(self._class_folders(part)) for part in ("train", "test"))
-        if train != test:
-            raise DataError(
-                f"the classes in {Path(self.root).resolve()} differ: only in train/: {sorted(train - test)}, only in test/: "
-                f"{sorted(test - train)}"
-            )
-
-    def _class_folders(self, part: str) -> list[str]:
-        folder = Path(self.root) / part
-        entries = list(folder.iterdir()) if folder.is_dir() else []
-        names = sorted(entry.name for entry in entries if entry.is_dir() and entry.name[0] != ".")
-        if not names:
-            raise FileNotFoundError(
-                f"no class folders in {folder.resolve()}: ImageFolder reads <root>/train/<class>/ and <root>/test/<class>/; "
-                "give the folder above train/ as root, or unpack the images there"
-            )
-        return names
-
-    def load(self, train: bool) -> LabelledImages:
-        self.prepare_data()
-        part = "train" if train else "test"
-        self.classes = self._class_folders(part)
-        folder = Path(self.root) / part
-        files = [path for name in self.classes for path in sorted((folder / name).iterdir()) if path.name[0] != "."]
-        paths = [path for path in files if is_image(path)]
-        if others := [str(path.relative_to(folder)) for path in sorted(set(files).difference(paths))]:
-            more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-            rank_zero_info(f"{len(others)} left out in {folder}, no images by their names: {', '.join(others[:3])}{more}")
-        if not paths:
-            raise FileNotFoundError(f"the class folders in {folder.resolve()} hold no file that is an image by its name")
-        number = {name: label for label, name in enumerate(self.classes)}
-        labels = torch.tensor([number[path.parent.name] for path in paths])
-        images = OnDisk(paths, labels, self.size, [str(path.relative_to(self.root)) for path in paths])
-        bytes_needed = len(paths) * images.images(torch.tensor([0])).numel()
-        return images.in_memory() if bytes_needed <= self.memory_limit else images
-
-
-DATA: dict[str, type[ImageData]] = {
-    kind.__name__: kind for kind in (Digits, MNIST, FashionMNIST, CIFAR10, CIFAR100, ImageFolder)
-}
-"""The data modules by name, in which files look them up."""

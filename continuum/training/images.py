@@ -1,23 +1,18 @@
-"""Images in memory or on disk, served in whole batches as uint8, and their augmentation on the training device."""
+"""Labelled images in memory, on the training device or on disk, served in whole batches as uint8."""
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
-
-Request = tuple[Tensor, int]
-"""A whole batch as a data set is asked for it: indices, and the key of its augmentation (-1: none)."""
-
-RawBatch = tuple[Tensor, Tensor, int]
-"""Images in uint8, (batch, channels, height, width), labels, and the key."""
+from torch.utils.data import DataLoader, Dataset
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -37,8 +32,23 @@ class DataError(ValueError):
     """Images that cannot be used as they are: the message names the file or folder, and what to do."""
 
 
+def uploaded(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`; from memory that is pinned, so that nobody waits for a GPU."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def free_memory(device: torch.device) -> int:
+    """The bytes of `device` that no tensor occupies; none where it does not tell."""
+    if device.type != "cuda":
+        return 0
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
 class LabelledImages(Dataset[Any], ABC):
-    """Images with labels, served in whole batches: `dataset[indices, key]` gives (images, labels, key)."""
+    """Images with labels, in whole batches: `dataset[indices]` gives (images, labels)."""
 
     labels: Tensor
     """The class of each image, (images,) in int64."""
@@ -50,9 +60,26 @@ class LabelledImages(Dataset[Any], ABC):
     def images(self, indices: Tensor) -> Tensor:
         """Return the images at `indices`, (batch, channels, height, width) in uint8."""
 
-    def __getitem__(self, request: Request) -> RawBatch:
-        indices, key = request
-        return self.images(indices), self.labels[indices], key
+    @abstractmethod
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation of each channel, of pixels in [0, 1]."""
+
+    @abstractmethod
+    def serve(self, order: Tensor, sizes: Sequence[int], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the images and labels at `order` on `device`, so many a batch."""
+
+    def on(self, device: torch.device, share: float) -> "LabelledImages":
+        """The same images, on `device` if they are held in memory and take at most this share of what is free there."""
+        return self
+
+    @cached_property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        _, channels, height, width = self.images(torch.tensor([0])).shape
+        return channels, height, width
+
+    def __getitem__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        return self.images(indices), self.labels[indices]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -63,31 +90,81 @@ class InMemory(LabelledImages):
 
     def __init__(self, pixels: Tensor, labels: Tensor, names: Sequence[str] = ()) -> None:
         self.pixels, self.labels, self.names = pixels, labels, names
+        self.copies: dict[torch.device, InMemory] = {}
 
     def images(self, indices: Tensor) -> Tensor:
-        return self.pixels[indices]
+        return self.pixels.index_select(0, indices)
 
     def statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of each channel, of pixels in [0, 1]; exact, from histograms."""
+        """Exact, from histograms."""
         values = torch.arange(256, dtype=torch.float64) / 255
         counts = torch.stack([self.pixels[:, c].flatten().bincount(minlength=256) for c in range(self.pixels.shape[1])])
         share = counts.double() / counts.sum(1, keepdim=True)
         mean = share @ values
         return mean.float(), (share @ values**2 - mean**2).clamp(min=1e-12).sqrt().float()
 
+    def serve(self, order: Tensor, sizes: Sequence[int], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        order = uploaded(order, self.pixels.device)
+        labels = uploaded(self.labels.index_select(0, order), device)
+        for chosen, known in zip(order.split(list(sizes)), labels.split(list(sizes)), strict=True):
+            yield uploaded(self.images(chosen), device), known
+
+    def on(self, device: torch.device, share: float) -> "InMemory":
+        """One copy a device, for all that train on it; where it does not fit, these images, and a line that says so."""
+        if device == self.pixels.device or not share:
+            return self
+        if device not in self.copies:
+            needed, free = self.pixels.nbytes + self.labels.nbytes, free_memory(device)
+            if needed > share * free:
+                rank_zero_warn(
+                    f"{len(self)} images of {needed / 2**20:.0f} MiB stay on the CPU and go to {device} batch by batch: they "
+                    f"are more than device_share={share:g} of the {free / 2**20:.0f} MiB that are known to be free there"
+                )
+                return self
+            self.copies[device] = InMemory(self.pixels.to(device), self.labels.to(device), self.names)
+        return self.copies[device]
+
 
 class OnDisk(LabelledImages):
     """Images decoded when they are asked for; with `size`, scaled and cropped at the centre to size x size.
+
+    Args:
+        paths: of the files.
+        labels: the class of each, (images,) in int64.
+        size: the side of an image; None where all are equally large.
+        names: what to call the files.
+        workers: processes that decode ahead of what is asked for.
 
     Raises:
         DataError: when they are asked for, files that are damaged: all of the set, so that they can be mended at once.
     """
 
-    def __init__(self, paths: Sequence[Path], labels: Tensor, size: int | None, names: Sequence[str] = ()) -> None:
-        self.paths, self.labels, self.size, self.names = list(paths), labels, size, names
+    def __init__(
+        self, paths: Sequence[Path], labels: Tensor, size: int | None, names: Sequence[str] = (), workers: int = 0
+    ) -> None:
+        self.paths, self.labels, self.size, self.names, self.workers = list(paths), labels, size, names, workers
 
     def images(self, indices: Tensor) -> Tensor:
         return self._stacked([self.paths[i] for i in indices.tolist()], map)
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """ImageNet's, because these would take an epoch."""
+        return torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+
+    def serve(self, order: Tensor, sizes: Sequence[int], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        loader = DataLoader(
+            self,
+            batch_size=None,
+            sampler=order.split(list(sizes)),
+            num_workers=self.workers,
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # unused; without one, it draws a seed from the global generator
+        )
+        try:
+            for images, labels in loader:
+                yield uploaded(images, device), uploaded(labels, device)
+        except DataError as error:  # out of a worker process it comes with that one's traceback in front
+            raise DataError(str(error).strip().splitlines()[-1].rpartition("DataError: ")[2]) from None
 
     def in_memory(self) -> InMemory:
         with ThreadPoolExecutor(8) as pool:
@@ -167,24 +244,3 @@ def stacked(images: Sequence[tuple[Path, Tensor]]) -> Tensor:
                 "several sizes need the argument size, to which they are scaled and cropped"
             )
     return torch.stack([image for _, image in images])
-
-
-def augmented(images: Tensor, crop: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """Randomly shifted by up to `crop` pixels, black beyond the edge, and mirrored; the generator is the CPU's anywhere."""
-    count, _, height, width = images.shape
-    device = images.device
-    if crop:
-        offsets = torch.randint(2 * crop + 1, (2, count, 1), generator=generator).to(device)
-        rows = offsets[0] + torch.arange(height, device=device)
-        columns = offsets[1] + torch.arange(width, device=device)
-        padded = torch.nn.functional.pad(images, (crop,) * 4)
-        batch = torch.arange(count, device=device)[:, None, None]
-        images = padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-        if images.shape[1] == 1:
-            # With one channel torch takes these strides for channels_last, in which oneDNN's gradient of a 1x1 convolution of
-            # stride 2 from fewer than 8 channels writes outside its memory on CPUs with AVX2 only (torch 2.14, oneDNN 3.12).
-            images = images.clone(memory_format=torch.contiguous_format)
-    if flip:
-        mirrored = (torch.rand(count, generator=generator) < 0.5).to(device)
-        images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
-    return images

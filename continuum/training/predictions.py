@@ -12,7 +12,7 @@ from pytorch_lightning.callbacks import BasePredictionWriter
 from torch import Tensor
 
 from continuum.files import write_csv
-from continuum.training.batches import KeyedBatches
+from continuum.training.batches import BatchLoader
 from continuum.training.data import ImageData
 
 
@@ -55,10 +55,9 @@ class WritePredictions(BasePredictionWriter):
 
 def _served(trainer: pl.Trainer, count: int, batch_indices: Sequence[Any]) -> Sequence[int]:
     """The number of each image that this rank has predicted, in the order of its batches."""
-    sampler = getattr(trainer.predict_dataloaders, "sampler", None)
-    if isinstance(sampler, KeyedBatches):
-        batches = sampler.batches(0)
-        return torch.cat(batches).tolist()[:count] if batches else []
+    loader = trainer.predict_dataloaders
+    if isinstance(loader, BatchLoader):
+        return loader.plan.epoch(0).order.tolist()[:count]
     told = [int(index) for index in _leaves(batch_indices)]
     if len(told) == count:
         return told

@@ -29,8 +29,8 @@ def images(experiment: Experiment) -> tuple[Tensor, Tensor, Tensor]:
     settings = experiment.settings
     data = cifar10(experiment.data, settings["images"], seed=0, batch_size=settings["images"])
     states, _ = next(data.test_batches(settings["images"]))
-    raw, known, _ = data.train_images[data.train_indices, -1]  # pyright: ignore[reportOptionalSubscript]
-    train, _ = data.on_after_batch_transfer((raw, known, -1), 0)
+    assert data.train_images is not None
+    ((train, known),) = data.plain_batches(data.train_images, data.train_indices)
 
     def state(x: Tensor) -> Tensor:
         return adaptive_avg_pool2d(x, settings["pixels"]).flatten(1)

@@ -43,8 +43,7 @@ def on_training_images(network: Network, data: ImageData) -> tuple[float, float]
     """Accuracy in % and loss of the drift on the images of training, neither shifted nor mirrored."""
     images = data.train_images
     assert images is not None
-    batches = (data.on_after_batch_transfer(images[batch, -1], 0) for batch in data.train_indices.split(500))
-    return scored(network, batches)
+    return scored(network, data.plain_batches(images, data.train_indices))
 
 
 def report(experiment: Experiment) -> str:

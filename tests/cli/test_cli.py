@@ -19,7 +19,7 @@ from continuum.cli.bench import bench_parser
 from continuum.cli.compare import compare_parser
 from continuum.cli.parser import COMMANDS, LIGHTNING, Parser
 from continuum.training import Classifier, Digits
-from continuum.training.data import DATA
+from continuum.training.sets import DATA
 
 pytestmark = pytest.mark.usefixtures("command_line")
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"

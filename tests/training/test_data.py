@@ -1,64 +1,31 @@
-"""Data: every image in its part, batches that depend on keys alone, and resumed runs that see the same ones."""
+"""Data: every image in its part, and files that are read as they are or refused by name."""
 
+import gzip
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import pytorch_lightning as pl
 import torch
+from pictures import ready, write_images
 from PIL import Image
-from pytorch_lightning.callbacks import ModelCheckpoint
-from runs import StopAt, quiet_trainer
 from torch import Tensor
 from torchvision import datasets
 
-from continuum.training import CIFAR10, MNIST, Digits, ImageData, ImageFolder
-from continuum.training.batches import KeyedBatches
-from continuum.training.images import DataError, InMemory, augmented, decoded, keyed_generator
+from continuum.training import CIFAR10, MNIST, Digits, FashionMNIST, ImageData, ImageFolder
+from continuum.training.images import DataError, InMemory, decoded, keyed_generator
 
+FASHION = Path(__file__).parents[2].parent / "shared/data/fashion-mnist"
 RAMP = torch.linspace(0, 65535, 64).reshape(8, 8).round().to(torch.int32).numpy()
-
-
-def ready(data: ImageData) -> Any:
-    data.prepare_data()
-    data.setup()
-    return data
-
-
-def write_images(root: Path, counts: dict[str, int], height: int = 8, width: int = 8) -> None:
-    """Random images `<root>/<folder>/<number>.png`, so many in each folder."""
-    generator = torch.Generator().manual_seed(len(str(root)))
-    for folder, count in counts.items():
-        (root / folder).mkdir(parents=True)
-        for number in range(count):
-            pixels = torch.randint(256, (height, width, 3), generator=generator, dtype=torch.uint8)
-            Image.fromarray(pixels.numpy()).save(root / folder / f"{number}.png")
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> str:
-    """Twenty training images and six test images of two classes."""
-    write_images(tmp_path / "images", {"train/cat": 11, "train/dog": 9, "test/cat": 4, "test/dog": 2})
-    return str(tmp_path / "images")
 
 
 def rows(images: Tensor) -> set[bytes]:
     return {image.numpy().tobytes() for image in images}
 
 
-def epoch(data: Any, number: int) -> list[Any]:
-    """The uint8 batches of a training epoch, with their keys."""
-    loader = data.train_dataloader()
-    loader.sampler.set_epoch(number)
-    return list(loader)
-
-
-def same(first: list[Any], second: list[Any]) -> bool:
-    def equal(a: Any, b: Any) -> bool:
-        return torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and a[2] == b[2]
-
-    return len(first) == len(second) and all(map(equal, first, second))
+def same(first: Any, second: Any) -> bool:
+    return all(torch.equal(a, b) for x, y in zip(first, second, strict=True) for a, b in zip(x, y, strict=True))
 
 
 # What a set holds
@@ -67,7 +34,7 @@ def test_digits_have_their_classes_shape_and_types() -> None:
     assert (data.classes, data.num_classes) == (list("0123456789"), 10)
     assert (data.shape, len(data.train_images), len(data.test_images)) == ((1, 8, 8), 1438, 359)
     assert (data.train_images.pixels.dtype, data.train_images.pixels.max()) == (torch.uint8, 255)
-    images, labels = data.on_after_batch_transfer(epoch(data, 0)[0], 0)
+    images, labels = next(iter(data.train_dataloader()))
     assert (images.shape, images.dtype) == ((100, 1, 8, 8), torch.float32)
     assert (labels.shape, labels.dtype) == ((100,), torch.int64)
 
@@ -78,7 +45,7 @@ def test_statistics_are_those_of_all_training_images() -> None:
     pixels = data.train_images.pixels.double() / 255
     torch.testing.assert_close(data.mean.double(), pixels.mean((0, 2, 3)), rtol=1e-6, atol=0)
     torch.testing.assert_close(data.std.double(), pixels.std((0, 2, 3), correction=0), rtol=1e-6, atol=0)
-    everything = data.on_after_batch_transfer((data.train_images.pixels, data.train_images.labels, -1), 0)[0]
+    everything = torch.cat([images for images, _ in data.plain_batches(data.train_images, torch.arange(1438))])
     assert abs(float(everything.mean())) < 1e-5
     assert abs(float(everything.std()) - 1) < 1e-4
 
@@ -89,7 +56,7 @@ def test_every_image_is_in_one_part() -> None:
     assert not train & held_out
     assert train | held_out == set(range(1438))
     assert len(held_out) == round(0.2 * 1438)
-    test = rows(torch.cat([images for images, *_ in data.test_dataloader()]))
+    test = rows(data.test_images.pixels)
     assert len(test) == 359
     assert not test & rows(data.train_images.pixels)
 
@@ -115,126 +82,6 @@ def test_arguments_rebuild_the_data(data: ImageData) -> None:
     assert arguments["batch_size"] == data.batch_size
 
 
-# Batches and their keys
-def test_an_epoch_shows_each_training_image_once() -> None:
-    data = ready(Digits(batch_size=100, train_size=250))
-    sampler = data.train_dataloader().sampler
-    seen = torch.cat([indices for indices, _ in sampler])
-    assert sorted(seen.tolist()) == sorted(data.train_indices.tolist())
-    assert [len(indices) for indices, _ in sampler] == [100, 100, 50]
-    assert len(data.train_dataloader()) == 3
-
-
-def test_a_last_batch_of_one_image_joins_the_one_before() -> None:
-    data = ready(Digits(batch_size=100, train_size=201))
-    assert [len(labels) for _, labels, _ in epoch(data, 0)] == [100, 101]
-    assert len(data.train_dataloader()) == 2
-
-
-def test_batches_depend_on_seed_and_epoch_alone() -> None:
-    data = ready(Digits(train_size=300))
-    first = epoch(data, 4)
-    torch.manual_seed(123)
-    assert same(first, epoch(ready(Digits(train_size=300)), 4))
-    other = epoch(data, 5)
-    assert not same(first, other)
-    assert not {key for *_, key in first} & {key for *_, key in other}
-    assert len({key for *_, key in first}) == len(first)
-
-
-@pytest.mark.parametrize("workers", [None, 1])
-def test_the_global_generator_is_neither_read_nor_changed(folder: str, workers: int | None) -> None:
-    torch.manual_seed(7)
-    state = torch.get_rng_state()
-    data = Digits(crop=1, flip=True) if workers is None else ImageFolder(folder, memory_limit=0, workers=workers)
-    data = ready(data)
-    for batch in epoch(data, 0):
-        data.on_after_batch_transfer(batch, 0)
-    list(data.val_dataloader())
-    list(data.test_batches(20))
-    assert torch.equal(state, torch.get_rng_state())
-
-
-@pytest.mark.parametrize("count", [64, 65, 66, 67])
-def test_two_ranks_share_an_epoch(count: int) -> None:
-    """Disjoint but for one image of an odd count, equally many batches, other augmentation."""
-    ranks = [KeyedBatches(torch.arange(100, 100 + count), 16, seed=0, shuffle=True, trainer=None) for _ in range(2)]
-    for rank, sampler in enumerate(ranks):
-        sampler.rank, sampler.num_replicas = rank, 2
-    first, second = (list(sampler) for sampler in ranks)
-    assert [len(indices) for indices, _ in first] == [len(indices) for indices, _ in second]
-    assert len(first) == len(ranks[0]) == len(ranks[1])
-    a, b = ({i for indices, _ in batches for i in indices.tolist()} for batches in (first, second))
-    assert len(a & b) == count % 2
-    assert a | b == set(range(100, 100 + count))
-    assert not {key for _, key in first} & {key for _, key in second}
-
-
-def test_evaluation_is_in_order_and_without_augmentation() -> None:
-    data = ready(Digits(batch_size=50, crop=2, flip=True))
-    for loader in (data.test_dataloader(), data.predict_dataloader()):
-        batches = list(loader)
-        assert torch.equal(torch.cat([images for images, *_ in batches]), data.test_images.pixels)
-        assert torch.equal(torch.cat([labels for _, labels, _ in batches]), data.test_images.labels)
-    images, _ = data.on_after_batch_transfer(batches[0], 0)
-    pixels = data.test_images.pixels[:50].float() / 255
-    torch.testing.assert_close(images, (pixels - data.mean) / data.std, rtol=1e-5, atol=1e-5)
-    held_out = torch.cat([labels for _, labels, _ in data.val_dataloader()])
-    assert torch.equal(held_out, data.train_images.labels[data.val_indices])
-
-
-def test_no_validation_means_no_batches() -> None:
-    data = ready(Digits(validation=0))
-    assert len(data.val_dataloader()) == len(list(data.val_dataloader())) == 0
-
-
-def test_the_test_images_without_a_trainer() -> None:
-    data = ready(Digits(batch_size=100))
-    whole = list(data.test_batches())
-    assert [len(labels) for _, labels in whole] == [100, 100, 100, 59]
-    assert torch.equal(torch.cat([labels for _, labels in whole]), data.test_images.labels)
-    first, again = list(data.test_batches(130)), list(data.test_batches(130))
-    assert [len(labels) for _, labels in first] == [100, 30]
-    assert all(torch.equal(a, b) for x, y in zip(first, again, strict=True) for a, b in zip(x, y, strict=True))
-    chosen, everything = rows(torch.cat([images for images, _ in first])), torch.cat([images for images, _ in whole])
-    assert len(chosen) == 130
-    assert chosen < rows(everything)
-    assert chosen != rows(everything[:130])
-
-
-# Augmentation
-@pytest.mark.parametrize(("crop", "flip"), [(2, True), (3, False), (0, True), (0, False)])
-def test_augmentation_equals_a_loop_over_images(crop: int, flip: bool) -> None:
-    """Each image is padded with black, cropped and mirrored by hand; the key's numbers are drawn in the same order."""
-    images = torch.randint(256, (40, 3, 7, 9), generator=keyed_generator("images"), dtype=torch.uint8)
-    found = augmented(images, crop, flip, keyed_generator(5))
-    numbers = keyed_generator(5)
-    offsets = torch.randint(2 * crop + 1, (2, 40, 1), generator=numbers).squeeze(2).tolist() if crop else [[0] * 40] * 2
-    mirrored = (torch.rand(40, generator=numbers) < 0.5).tolist() if flip else [False] * 40
-    for i, image in enumerate(images):
-        padded = torch.zeros(3, 7 + 2 * crop, 9 + 2 * crop, dtype=torch.uint8)
-        padded[:, crop : crop + 7, crop : crop + 9] = image
-        top, left = offsets[0][i], offsets[1][i]
-        expected = padded[:, top : top + 7, left : left + 9]
-        if mirrored[i]:
-            expected = expected[:, :, list(range(8, -1, -1))]
-        assert torch.equal(found[i], expected), i
-    if crop:
-        assert set(offsets[0]) == set(offsets[1]) == set(range(2 * crop + 1))
-    if flip:
-        assert 5 < sum(mirrored) < 35
-
-
-def test_training_batches_are_augmented_by_their_key() -> None:
-    data = ready(Digits(crop=2, flip=True, train_size=64))
-    images, labels, key = epoch(data, 0)[0]
-    keys = (key, key, key + 1, -1)
-    found, again, other, plain = (data.on_after_batch_transfer((images, labels, one), 0)[0] for one in keys)
-    expected = (augmented(images, 2, True, keyed_generator(key)).float() / 255 - data.mean) / data.std
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    assert [torch.equal(found, one) for one in (again, other, plain)] == [True, False, False]
-
-
 # Folders of images
 @pytest.mark.parametrize("workers", [0, 2])
 def test_images_in_memory_and_from_disk_are_the_same(folder: str, workers: int) -> None:
@@ -243,7 +90,10 @@ def test_images_in_memory_and_from_disk_are_the_same(folder: str, workers: int) 
     assert [hasattr(data.train_images, "pixels") for data in (held, streamed)] == [True, False]
     assert held.classes == streamed.classes == ["cat", "dog"]
     assert held.shape == streamed.shape == (3, 8, 8)
-    assert same(epoch(held, 2), epoch(streamed, 2))
+    assert torch.equal(held.mean, held.train_images.statistics()[0])
+    assert streamed.mean.tolist() == pytest.approx([0.485, 0.456, 0.406])
+    held.mean, held.std = streamed.mean, streamed.std
+    assert same(held.train_dataloader().batches(2), streamed.train_dataloader().batches(2))
     assert same(list(held.val_dataloader()), list(streamed.val_dataloader()))
     assert same(list(held.test_dataloader()), list(streamed.test_dataloader()))
 
@@ -312,7 +162,7 @@ def test_a_missing_folder_is_named_with_the_expected_layout(tmp_path: Path, miss
 def test_a_damaged_image_is_named(folder: str, damage: Callable[[Path], object], limit: int) -> None:
     damage(Path(folder) / "train" / "dog" / "3.png")
     with pytest.raises(ValueError, match=r"dog/3\.png is not a readable image"):
-        epoch(ready(ImageFolder(folder, memory_limit=limit, workers=0, validation=0)), 0)
+        list(ready(ImageFolder(folder, memory_limit=limit, workers=0, validation=0)).train_dataloader())
 
 
 @pytest.mark.parametrize("limit", [2**31, 0])
@@ -322,7 +172,7 @@ def test_all_damaged_images_are_named_at_once(folder: str, limit: int) -> None:
     for name in damaged:
         (Path(folder) / name).write_text("no")
     with pytest.raises(DataError) as caught:
-        epoch(ready(ImageFolder(folder, memory_limit=limit, workers=1, validation=0)), 0)
+        list(ready(ImageFolder(folder, memory_limit=limit, workers=1, validation=0)).train_dataloader())
     assert all(f"{name} is not a readable image" in str(caught.value) for name in damaged)
     assert len(str(caught.value).splitlines()) == 1
 
@@ -377,7 +227,7 @@ def test_transparent_pixels_show_black_whatever_colour_they_hide(tmp_path: Path)
     assert decoded(tmp_path / "hole.png", None).flatten().tolist() == [0, 0, 0]
 
 
-# Downloads and arguments
+# Downloads
 @pytest.mark.parametrize("kind", [MNIST, CIFAR10])
 def test_a_failed_download_says_where_the_data_belong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any) -> None:
     def no_network(*_: object, **__: object) -> None:
@@ -393,26 +243,112 @@ def test_a_failed_download_says_where_the_data_belong(tmp_path: Path, monkeypatc
         kind("mine").setup()
 
 
-@pytest.mark.parametrize(("kind", "pixel_shape"), [(MNIST, (28, 28)), (CIFAR10, (32, 32, 3))])
-def test_torchvision_sets_are_channels_first(monkeypatch: pytest.MonkeyPatch, kind: Any, pixel_shape: tuple[int, ...]) -> None:
+def test_torchvision_sets_are_channels_first(monkeypatch: pytest.MonkeyPatch) -> None:
     class Stored:
         classes = ("first", "second")
 
         def __init__(self, root: str, train: bool, download: bool) -> None:
-            generator = keyed_generator(train)
-            self.data = torch.randint(256, (10, *pixel_shape), generator=generator, dtype=torch.uint8).numpy()
+            self.data = torch.randint(256, (10, 32, 32, 3), generator=keyed_generator(train), dtype=torch.uint8).numpy()
             self.targets = [0, 1] * 5
 
-    monkeypatch.setattr(datasets, kind.__name__, Stored)
-    data = ready(kind())
-    stored = torch.from_numpy(Stored("", True, False).data)
-    channels = pixel_shape[2] if len(pixel_shape) == 3 else 1
-    assert data.shape == (channels, *pixel_shape[:2])
-    assert torch.equal(data.train_images.pixels[:, -1], stored if channels == 1 else stored[..., -1])
+    monkeypatch.setattr(datasets, "CIFAR10", Stored)
+    data = ready(CIFAR10())
+    assert data.shape == (3, 32, 32)
+    assert torch.equal(data.train_images.pixels[:, -1], torch.from_numpy(Stored("", True, False).data)[..., -1])
     assert data.train_images.labels.tolist() == [0, 1] * 5
     assert data.classes == ["first", "second"]
 
 
+# Files in the idx format
+def idx(numbers: Tensor) -> bytes:
+    return struct.pack(f">{1 + numbers.ndim}I", 0x800 + numbers.ndim, *numbers.shape) + bytes(numbers.flatten().tolist())
+
+
+def write_idx(folder: Path, suffix: str = "", count: int = 6) -> dict[str, Tensor]:
+    """Random images of 5 x 4 pixels and their labels, in the four files of MNIST."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = {}
+    for part in ("train", "t10k"):
+        draws = keyed_generator(part)
+        written[part] = torch.randint(256, (count, 5, 4), generator=draws, dtype=torch.uint8)
+        for name, numbers in (("images-idx3", written[part]), ("labels-idx1", torch.arange(count))):
+            content = idx(numbers)
+            (folder / f"{part}-{name}-ubyte{suffix}").write_bytes(gzip.compress(content) if suffix else content)
+    return written
+
+
+@pytest.fixture
+def no_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise AssertionError("a download")
+
+    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", refused)
+
+
+@pytest.mark.usefixtures("no_download")
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("place", ["", "{name}/raw"])
+@pytest.mark.parametrize("kind", [MNIST, FashionMNIST])
+def test_idx_files_are_read_and_never_downloaded(tmp_path: Path, kind: type[MNIST], place: str, suffix: str) -> None:
+    written = write_idx(tmp_path / place.format(name=kind.__name__), suffix)
+    data = ready(kind(str(tmp_path), validation=0))
+    assert data.shape == (1, 5, 4)
+    assert data.num_classes == 10
+    assert torch.equal(data.train_images.pixels[:, 0], written["train"])
+    assert torch.equal(data.test_images.pixels[:, 0], written["t10k"])
+    assert torch.equal(data.test_images.labels, torch.arange(6))
+
+
+@pytest.mark.usefixtures("no_download")
+@pytest.mark.skipif(not FASHION.is_dir(), reason=f"the files of Fashion-MNIST are not in {FASHION}")
+def test_fashion_mnist_is_that_of_its_authors() -> None:
+    data = ready(FashionMNIST(str(FASHION)))
+    assert (len(data.train_images), len(data.test_images), data.shape) == (60_000, 10_000, (1, 28, 28))
+    assert data.classes[9] == "Ankle boot"
+    assert data.train_images.labels.bincount().tolist() == [6000] * 10
+    assert data.test_images.labels.bincount().tolist() == [1000] * 10
+    assert data.train_images.labels[:5].tolist() == [9, 0, 0, 3, 0]
+    assert float(data.mean) == pytest.approx(0.2860, abs=5e-5)
+    assert float(data.std) == pytest.approx(0.3530, abs=5e-5)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: content[:10],
+        lambda content: content[:-1],
+        lambda content: content + b"\0",
+        lambda content: b"\0\0\x0d" + content[3:],
+        lambda content: b"<html>no such file</html>",
+        lambda content: content[:4] + b"\xff" * 12,
+    ],
+    ids=["empty", "no sizes", "short", "long", "floats", "a page", "sizes"],
+)
+def test_a_damaged_idx_file_is_named_in_one_line(tmp_path: Path, damage: Callable[[bytes], bytes], suffix: str) -> None:
+    """Damaged in itself, and where it was compressed."""
+    for inside in (True, False) if suffix else (True,):
+        write_idx(tmp_path, suffix)
+        path = tmp_path / f"t10k-images-idx3-ubyte{suffix}"
+        content = gzip.decompress(path.read_bytes()) if inside and suffix else path.read_bytes()
+        damaged = damage(content)
+        path.write_bytes(gzip.compress(damaged) if inside and suffix else damaged)
+        if not inside and damaged.startswith(content):
+            continue  # zeros behind a compressed file are allowed
+        with pytest.raises(DataError, match=r"t10k-images-idx3-ubyte.*replace it") as caught:
+            ready(MNIST(str(tmp_path)))
+        assert len(str(caught.value).splitlines()) == 1
+
+
+def test_as_many_labels_as_images_are_needed(tmp_path: Path) -> None:
+    write_idx(tmp_path)
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(torch.arange(5)))
+    with pytest.raises(DataError, match=r"train-images-idx3-ubyte holds 6 images and .*train-labels-idx1-ubyte 5 labels"):
+        ready(MNIST(str(tmp_path)))
+
+
+# Arguments
 @pytest.mark.parametrize(
     ("make", "complaint"),
     [
@@ -422,6 +358,7 @@ def test_torchvision_sets_are_channels_first(monkeypatch: pytest.MonkeyPatch, ki
         (lambda: Digits(crop=-1), "crop .* not -1"),
         (lambda: Digits(train_size=0), "train_size .* not 0"),
         (lambda: Digits(normalisation="cifar"), "normalisation .* training, imagenet, not 'cifar'"),  # type: ignore[arg-type]
+        (lambda: Digits(device_share=1.5), "device_share .* not 1.5"),
         (lambda: ready(Digits(normalisation="imagenet")), "three channels, these images have 1"),
         (lambda: ImageFolder("images", size=0), "size .* not 0"),
         (lambda: ImageFolder("images", workers=-1), "workers .* not -1"),
@@ -432,98 +369,6 @@ def test_torchvision_sets_are_channels_first(monkeypatch: pytest.MonkeyPatch, ki
 def test_bad_arguments_are_refused(make: Callable[[], object], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         make()
-
-
-# Under Lightning
-class Linear(pl.LightningModule):
-    def __init__(self, features: int) -> None:
-        super().__init__()
-        self.layer = torch.nn.Linear(features, 10)
-        torch.nn.init.zeros_(self.layer.weight)
-        torch.nn.init.zeros_(self.layer.bias)
-
-    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return torch.nn.functional.cross_entropy(self.layer(batch[0].flatten(1)), batch[1])
-
-    def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
-        assert len(batch[1])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), 0.01, momentum=0.9)
-
-
-def fit(data: ImageData, features: int, callbacks: list[pl.Callback], resume: Path | None = None, **limits: Any) -> Tensor:
-    """The weights after a run on the CPU."""
-    module = Linear(features)
-    quiet_trainer(callbacks, **limits).fit(module, data, ckpt_path=resume)
-    return module.layer.weight.detach()
-
-
-@pytest.mark.parametrize("limits", [{"max_epochs": 3}, {"max_steps": 14}, {"max_epochs": 3, "limit_train_batches": 4}], ids=str)
-@pytest.mark.parametrize("where", [{"every_n_train_steps": 1}, {"save_on_train_epoch_end": True}], ids=["step", "epoch"])
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, where: dict[str, Any], limits: dict[str, Any]) -> None:
-    """To the bit, from a checkpoint after any step, the last of an epoch among them, and from the end of an epoch."""
-
-    def data() -> Digits:
-        return Digits(batch_size=8, train_size=36, validation=0.01, crop=1, flip=True)
-
-    whole = fit(data(), 64, [], **limits)
-    keep = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, **where)
-    with pytest.raises(InterruptedError):
-        fit(data(), 64, [keep, StopAt(7)], **limits)
-    checkpoints = sorted(tmp_path.glob("*.ckpt"))
-    assert len(checkpoints) == (7 if "every_n_train_steps" in where else 1)
-    for checkpoint in checkpoints:
-        assert torch.equal(whole, fit(data(), 64, [], resume=checkpoint, **limits)), checkpoint.name
-
-
-def test_a_streamed_run_resumes_although_its_workers_read_ahead(folder: str, tmp_path: Path) -> None:
-    """Within an epoch of five batches, after its last step, and at its end."""
-
-    def data() -> ImageFolder:
-        return ImageFolder(folder, batch_size=4, memory_limit=0, workers=1, validation=0, crop=1)
-
-    whole = fit(data(), 192, [], max_epochs=2)
-    every = {"steps": {"every_n_train_steps": 1}, "epochs": {"save_on_train_epoch_end": True}}
-    keep = [ModelCheckpoint(tmp_path / name, "{step}", save_top_k=-1, **options) for name, options in every.items()]
-    with pytest.raises(InterruptedError):
-        fit(data(), 192, [*keep, StopAt(7)], max_epochs=2)
-    for name in ("steps/step=3.ckpt", "steps/step=5.ckpt", "epochs/step=5.ckpt"):
-        assert torch.equal(whole, fit(data(), 192, [], resume=tmp_path / name, max_epochs=2)), name
-
-
-def test_a_trainer_trains_on_the_batches_of_each_epoch() -> None:
-    """Lightning leaves the sampler in place and counts its epochs."""
-    seen: list[tuple[int, list[int]]] = []
-
-    class Watch(Linear):
-        def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-            seen.append((self.current_epoch, batch[1].tolist()))
-            return super().training_step(batch)
-
-    quiet_trainer(max_epochs=3).fit(Watch(64), Digits(train_size=300))
-    alone = ready(Digits(train_size=300))
-    assert seen == [(number, labels.tolist()) for number in range(3) for _, labels, _ in epoch(alone, number)]
-
-
-@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-true", "bf16-mixed"])
-def test_images_have_the_type_of_the_weights(precision: Any) -> None:
-    trainer = quiet_trainer(max_steps=2, precision=precision)
-    module, data = Linear(64), Digits(train_size=64)
-    trainer.fit(module, data)
-    (images, _), weight = next(data.test_batches(8)), module.layer.weight
-    assert images.dtype == weight.dtype
-    assert weight.dtype == {"64-true": torch.float64, "bf16-true": torch.bfloat16}.get(precision, torch.float32)
-    if precision == "64-true":
-        mean, std = (s.double().view(1, 1, 1, 1) for s in (data.mean, data.std))
-        pixels = next(iter(data.test_dataloader()))[0]
-        expected = (pixels.double() / 255 - mean) / std
-        torch.testing.assert_close(data.on_after_batch_transfer((pixels, torch.zeros(1), -1), 0)[0], expected)
-
-
-def test_overfit_batches_is_refused() -> None:
-    with pytest.raises(ValueError, match="train_size"):
-        fit(Digits(), 64, [], max_epochs=1, overfit_batches=2)
 
 
 class Labelled(ImageData):
