@@ -264,7 +264,7 @@ class Classifier(Updates):
             {"params": [p for p in parameters if id(p) in friction], "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
-        fused = self.device.type in ("cpu", "cuda") and getattr(self.trainer.precision_plugin, "scaler", None) is None
+        fused = self.device.type in ("cpu", "cuda") and self.scaler is None
         optimizer = SGD(groups, lr=self.learning_rate, momentum=self.momentum, nesterov=self.momentum > 0, fused=fused)
         for parameter in parameters if self.momentum else ():
             # As torch's first step would make them; its fused update takes all momenta or none, and branches may be dropped.

@@ -142,7 +142,7 @@ class Updates(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         if clip := self.trainer.gradient_clip_val:
             self.configure_gradient_clipping(optimizer, clip, self.trainer.gradient_clip_algorithm)
-        if self.tally is not None and self._scaler is None:
+        if self.tally is not None and self.scaler is None:
             optimizer.found_inf = self.tally.found_inf  # pyright: ignore[reportAttributeAccessIssue]
 
     def on_train_epoch_start(self) -> None:
@@ -221,12 +221,13 @@ class Updates(pl.LightningModule):
     # What Lightning does for its own updates
 
     @property
-    def _scaler(self) -> object | None:
-        return getattr(self.trainer.precision_plugin, "scaler", None)
+    def scaler(self) -> object | None:
+        """What scales gradients of float16, and leaves out the updates that it spoils."""
+        return getattr(self._trainer.precision_plugin, "scaler", None) if self._trainer is not None else None
 
     def _looks_itself(self, optimizer: Optimizer) -> bool:
         """Whether the optimiser leaves out an update by `found_inf`."""
-        return self._scaler is None and all(group.get("fused") for group in optimizer.param_groups)
+        return self.scaler is None and all(group.get("fused") for group in optimizer.param_groups)
 
     def _zero_grad(self, optimizer: Optimizer) -> None:
         for callback in self.trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
