@@ -15,7 +15,6 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ProgressBar, RichProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from pytorch_lightning.trainer.states import TrainerFn
 
 from continuum.cli.inputs import described_data
 from continuum.cli.parser import LIGHTNING, Parser, check_yaml
@@ -23,7 +22,7 @@ from continuum.models import Network
 from continuum.models.archive import CheckpointError, existing, one_line, unpacked
 from continuum.models.checkpoint import KEY, read, restore
 from continuum.solvers import SolveError
-from continuum.training import Classifier, Digits, EndOnSignal, ImageData, LogCost, WritePredictions
+from continuum.training import Classifier, CompileNetwork, Digits, EndOnSignal, ImageData, LogCost, WritePredictions
 from continuum.training.images import DataError
 from continuum.zoo import BUILDERS
 
@@ -39,20 +38,6 @@ class SaveConfig(SaveConfigCallback):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "overwrite": True})
-
-
-class CompileNetwork(Callback):
-    """Compiles the network of a `Classifier`, after a checkpoint is loaded, which may replace it by its refined one."""
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, Classifier)
-        pl_module.network.compile()
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.VALIDATING:  # not within a fit
-            self.on_fit_start(trainer, pl_module)
-
-    on_test_start = on_predict_start = on_fit_start
 
 
 class Begun(Callback):

@@ -1,7 +1,7 @@
 """Training on Lightning: the classifier, data modules and callbacks."""
 
 from continuum.training.adaptation import AdaptStep, KeepFriction, LogSmoothness
-from continuum.training.callbacks import LogCost, Refine
+from continuum.training.callbacks import CompileNetwork, LogCost, Refine
 from continuum.training.classifier import Classifier
 from continuum.training.data import CIFAR10, CIFAR100, MNIST, Digits, FashionMNIST, ImageData, ImageFolder
 from continuum.training.endings import EndOnSignal, WholeFiles
@@ -15,6 +15,7 @@ __all__ = [
     "MNIST",
     "AdaptStep",
     "Classifier",
+    "CompileNetwork",
     "DepthSmoothness",
     "Digits",
     "EndOnSignal",

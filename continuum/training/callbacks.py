@@ -1,4 +1,4 @@
-"""What to watch and to change while Lightning runs: the costs of solves, and the number of layers."""
+"""What to watch and to change while Lightning runs: the costs of solves, compiled networks, and the number of layers."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -6,6 +6,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
+from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -33,6 +34,19 @@ class LogCost(Callback):
             costs = {"evaluations": flow.cost.evaluations, "accepted": flow.cost.accepted, "rejected": flow.cost.rejected}
             pl_module.log_dict({f"flow{index}/{name}": float(value) for name, value in costs.items()})
         pl_module.log("evaluations", float(total), prog_bar=True)
+
+
+class CompileNetwork(Callback):
+    """Compiles the network of a module such as `Classifier`, once a checkpoint is loaded, which may replace it by a refined one."""
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        network_of(pl_module, self).compile()
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:  # not within a fit
+            self.on_fit_start(trainer, pl_module)
+
+    on_test_start = on_predict_start = on_fit_start
 
 
 class Refine(Callback):
