@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy
 
 from continuum.analysis.memory import wait
 from continuum.bench.counts import Synchronisations
+from continuum.bench.rivals import FlowMap
 from continuum.bench.timing import SEED, Case, Row, ratio, textbook
 from continuum.models import Network
 from continuum.training import Classifier, CompileNetwork, EndOnSignal, ImageData, LogCost
@@ -36,14 +37,14 @@ WINDOW = 3
 class RandomImages(ImageData):
     """Noise of three channels in ten classes: one epoch of it is what is timed. Neither shifted nor mirrored."""
 
-    def __init__(self, images: int, size: int, batch_size: int) -> None:
+    def __init__(self, count: int, size: int, batch_size: int) -> None:
         super().__init__(batch_size, validation=0.0, crop=0, flip=False, seed=SEED)
-        self.count, self.size = images, size
+        self.count, self.size = count, size
 
     def load(self, train: bool) -> LabelledImages:
         self.classes = [str(label) for label in range(10)]
         generator = torch.Generator().manual_seed(SEED)
-        count = self.count if train else 1
+        count = self.count if train else min(self.count, 64)
         pixels = torch.randint(256, (count, 3, self.size, self.size), dtype=torch.uint8, generator=generator)
         return InMemory(pixels, torch.randint(10, (count,), generator=generator))
 
@@ -101,16 +102,13 @@ class Watch(pl.Callback):
         self.ended()
 
 
-def plain_steps(network: Network, data: ImageData, compiled: bool, device: torch.device) -> Iterator[None]:
-    """The loop that a person would write: one step at each `next`."""
+def plain_steps(network: Network, run: FlowMap, data: ImageData, device: torch.device) -> Iterator[None]:
+    """The loop that a person would write, with `run` from images to logits: one step at each `next`."""
     data.setup()
     assert isinstance(data.train_images, InMemory)
     pixels, labels = data.train_images.pixels.to(device), data.train_images.labels.to(device)
     mean, std = (255 * part.to(device).view(1, -1, 1, 1) for part in (data.mean, data.std))
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4, nesterov=True)
-    if compiled:
-        network.compile()
-    run = network if compiled else textbook(network)
     network.train()
     for batch in torch.randperm(len(labels)).to(device).split(data.batch_size):
         optimizer.zero_grad()
@@ -154,7 +152,11 @@ def fit_step(case: Case, compiled: bool, bar: bool, device: torch.device) -> Row
     torch.compiler.reset()
 
     def loop(ended: Callable[[], None], steps: int | None = None) -> None:
-        for number, _ in enumerate(plain_steps(network_of(case, device), data_of(case), compiled, device), start=1):
+        network = network_of(case, device)
+        if compiled:
+            network.compile()
+        run = network if compiled else textbook(network)
+        for number, _ in enumerate(plain_steps(network, run, data_of(case), device), start=1):
             ended()
             if number == steps:
                 break

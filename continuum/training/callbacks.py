@@ -37,7 +37,7 @@ class LogCost(Callback):
 
 
 class CompileNetwork(Callback):
-    """Compiles the network of a module such as `Classifier`, once a checkpoint is loaded, which may replace it by a refined one."""
+    """Compiles the network of a module such as `Classifier`, once a checkpoint is loaded, which may put another there."""
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         network_of(pl_module, self).compile()

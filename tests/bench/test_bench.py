@@ -114,7 +114,7 @@ def test_fit_and_the_plain_loop_of_its_comparison_train_alike() -> None:
     """The same steps on the same images, so that what differs in time is not the arithmetic."""
     looped, fitted = network_of(SMALL, CPU), network_of(SMALL, CPU)
     data = RandomImages(16, size=8, batch_size=16)  # in one batch, whose order is no matter
-    for _ in plain_steps(looped, data, compiled=False, device=CPU):
+    for _ in plain_steps(looped, textbook(looped), data, CPU):
         pass
     fit(fitted, data, [], bar=False, device=CPU)
     for (name, weight), other in zip(fitted.named_parameters(), looped.parameters(), strict=True):
