@@ -14,7 +14,7 @@ from continuum.training import ImageData
 from experiments.common import Row, spread, table
 from experiments.gpu.jobs import Part, Rows, Settings
 from experiments.gpu.momentum import SEEDS, kinds, progress
-from experiments.gpu.trainings import Recipe, Training, cifar10_images, job
+from experiments.gpu.trainings import Recipe, Training, caption, cifar10_images, job
 from experiments.infinite_depth.__main__ import Evaluations, networks
 
 SOLVERS = "euler:h=1 euler:h=0.5 euler:h=0.25 midpoint:h=0.5 rk4:h=1 bosh3:rtol=1e-2,atol=1e-2 dopri5:rtol=1e-4,atol=1e-4"
@@ -77,7 +77,7 @@ def show(rows: Rows) -> str:
         "evaluations, last epoch",
         "parameters",
     ]
-    shown = table(headings, lines)
+    shown = f"{table(headings, lines)}\n\n{caption(rows)}"
     return f"{shown}\n\n{table(['network', 'solver', 'accuracy, 2,000 images (%)'], others)}" if others else shown
 
 

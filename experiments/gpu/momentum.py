@@ -8,7 +8,7 @@ from continuum.analysis.figures import Axes, Line, Panel
 from continuum.training import ImageData
 from experiments.common import Row, spread, table
 from experiments.gpu.jobs import Job, Part, Rows, Settings
-from experiments.gpu.trainings import PUBLISHED, SMALL, Training, cifar10_images, fashion_images, job, nothing_more
+from experiments.gpu.trainings import PUBLISHED, SMALL, Training, caption, cifar10_images, fashion_images, job, nothing_more
 from experiments.momentum.__main__ import Frictions
 
 NETWORKS = {"preresnet": continuum.zoo.preresnet, "lm_resnet": continuum.zoo.lm_resnet}
@@ -68,11 +68,14 @@ def show(rows: Rows) -> str:
     lines = []
     for name, runs in kinds(rows).items():
         done = [row for row in runs if row["share"] == 1]
-        accuracies = [row["accuracy"] for row in done]
-        numbers = [", ".join(f"{a:.2f}" for a in accuracies), spread(accuracies), spread([row["loss"] for row in done], 3)]
-        lines.append([name, str(len(done)), progress(runs), *(numbers if done else ["-"] * 3)])
+        numbers = ["-"] * 3
+        if done:
+            accuracies = [row["accuracy"] for row in done]
+            by_seed = ", ".join(f"{accuracy:.2f}" for accuracy in accuracies)
+            numbers = [by_seed, spread(accuracies), spread([row["loss"] for row in done], 3)]
+        lines.append([name, str(len(done)), progress(runs), *numbers])
     headings = ["network", "seeds done", "epochs by seed", "test accuracy by seed (%)", "mean ± deviation", "test loss"]
-    return table(headings, lines)
+    return f"{table(headings, lines)}\n\n{caption(rows)}"
 
 
 def figure(rows: Rows) -> list[Panel]:

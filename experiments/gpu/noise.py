@@ -7,7 +7,7 @@ from continuum.training import ImageData
 from experiments.common import Row, spread, table
 from experiments.gpu.jobs import Part, Rows, Settings
 from experiments.gpu.momentum import SEEDS, kinds, progress
-from experiments.gpu.trainings import PUBLISHED, SMALL, Training, cifar10_images, job
+from experiments.gpu.trainings import PUBLISHED, SMALL, Training, caption, cifar10_images, job
 from experiments.noise.__main__ import CONFIGURATIONS, on_training_images
 
 NETWORKS = {"stochastic depth": (56, 16, 12.0), "shake-shake": (26, 32, 20.0)}
@@ -54,4 +54,4 @@ def show(rows: Rows) -> str:
         )
         lines.append([name, str(len(done)), progress(runs), *(numbers or ["-"] * 4)])
     headings = ["network, noise", "seeds done", "epochs by seed", "test accuracy (%)", "training loss", "test loss", "gap"]
-    return table(headings, lines)
+    return f"{table(headings, lines)}\n\n{caption(rows)}"

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from continuum import Network
 from continuum.bench.fit import RandomImages
 from continuum.training import Classifier, CompileNetwork, FashionMNIST, ImageData, Steps
 from experiments.common import History, Row, cifar10, evaluated, seeded
-from experiments.gpu.jobs import Job, Settings
+from experiments.gpu.jobs import Job, Rows, Settings
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,7 @@ class Training:
         trainer.fit(classifier, data, ckpt_path=last if last.exists() else None, weights_only=True)
         done = len(histories["losses"].epochs)
         row: Row = {"seed": self.seed, "share": done / recipe.epochs, "epochs": done, "of": recipe.epochs}
+        row |= {"data": type(data).__name__, "recipe": asdict(recipe)}
         row |= {name: history.epochs for name, history in histories.items()}
         if done < recipe.epochs:
             return row
@@ -121,6 +122,26 @@ def quiet(device: torch.device, callbacks: Sequence[pl.Callback], precision: Any
 def nothing_more(network: Network, data: ImageData) -> Row:
     """A row of what is kept of every training."""
     return {}
+
+
+IMAGES = {
+    "ImageFolder": "JPEG CIFAR-10",
+    "CIFAR10": "CIFAR-10",
+    "FashionMNIST": "Fashion-MNIST",
+    "RandomImages": "random images",
+}
+"""What the data modules hold here."""
+
+
+def caption(rows: Rows) -> str:
+    """What was trained on, and how."""
+    found: dict[str, None] = {}
+    for row in rows.values():
+        recipe = row["recipe"]
+        rates = f"a learning rate of {recipe['learning_rate']:g}, a tenth of it from epochs {recipe['milestones']} on"
+        decay = f"weight decay {recipe['weight_decay']:g}"
+        found[f"{IMAGES[row['data']]}, batches of {recipe['batch_size']}, {rates}, {decay}, float32."] = None
+    return "\n".join(found)
 
 
 def job(name: str, kind: str, seconds: float, training: Training, finish: Callable[[Network, ImageData], Row]) -> Job:
