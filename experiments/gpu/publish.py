@@ -31,7 +31,11 @@ def tables(part: Part, out: Path, published: bool) -> str:
     """The tables of a part, a card each, with what failed; nothing where nothing is known."""
     texts = []
     for path in sorted(out.glob(f"*/{part.name}.json")):
-        content = read(path)
+        try:
+            content = read(path)
+        except ValueError as error:
+            print(f"{path} is damaged ({error}), and not shown")
+            continue
         rows = {job.name: content["rows"][job.name] for job in part.jobs if job.name in content["rows"]}
         rows |= {name: row for name, row in content["rows"].items() if name not in rows}
         text = [part.show(rows)] if rows else []

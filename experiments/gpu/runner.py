@@ -89,7 +89,8 @@ def in_processes(settings: Settings) -> Perform:
 
 
 def _started(settings: Settings, job: Job, seconds: float, file: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "experiments.gpu.worker", settings.text(), job.name, str(seconds), str(file)]
+    end = time.time() + seconds  # by the clock that both read: the process has yet to start
+    command = [sys.executable, "-m", "experiments.gpu.worker", settings.text(), job.name, str(end), str(file)]
     with open(file.with_suffix(".errors"), "wb") as errors:
         return subprocess.Popen(command, stdout=errors, stderr=errors, start_new_session=True)
 

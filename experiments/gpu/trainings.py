@@ -51,10 +51,10 @@ class Losses(History):
 
 
 class Deadline(pl.Callback):
-    """Ends the training after the epoch behind which another would not end in time."""
+    """Ends the training after the epoch behind which another would not end in time, by `time.perf_counter`."""
 
-    def __init__(self, seconds: float) -> None:
-        self.end = time.perf_counter() + seconds
+    def __init__(self, end: float) -> None:
+        self.end = end
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.start = time.perf_counter()
@@ -78,6 +78,7 @@ class Training:
 
     def run(self, seconds: float, finish: Callable[[Network, ImageData], Row]) -> Row:
         """Train on for so many seconds; behind the last epoch the row has test accuracy and loss, and what `finish` adds."""
+        end = time.perf_counter() + seconds
         network, data, recipe = seeded(self.build, self.seed), self.data(), self.recipe
         histories = {"losses": Losses(), **self.histories()}
         last = self.checkpoints / "last.ckpt"
@@ -88,7 +89,7 @@ class Training:
         torch.manual_seed(self.seed)  # of the noise
         trainer = quiet(
             self.device,
-            [*one_launch(self.device), *histories.values(), Deadline(seconds), keep],
+            [*one_launch(self.device), *histories.values(), Deadline(end), keep],
             max_epochs=recipe.epochs,
         )
         trainer.fit(classifier, data, ckpt_path=last if last.exists() else None, weights_only=True)

@@ -1,6 +1,7 @@
 """Whether the device computes what the CPU does: what is equal there to the bit has to be equal here."""
 
 import copy
+import os
 import subprocess
 import sys
 import tempfile
@@ -56,6 +57,7 @@ def _measured(check: Callable[[torch.device], Row], device: torch.device, second
 
 def deterministic() -> None:
     """Kernels that give the same bits at every call; what has none raises."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without which matrix products have none
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
 
