@@ -4,8 +4,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
+import torch
+
 from continuum.bench.report import SECTIONS, Report, new_report, parts, plan, summary
 from continuum.bench.report import Part as Measurement
+from continuum.bench.timing import Plan
 from experiments.common import Row
 from experiments.gpu.jobs import Job, Part, Rows, Settings
 
@@ -21,15 +24,15 @@ def solves(settings: Settings) -> Part:
         measurements = [each for each in measurements if each.section in ("synchronisations", "memory", "fit_step")]
     sections = [name for name in SECTIONS if any(each.section == name for each in measurements)]
     jobs = [
-        Job(name, ESTIMATES.get(name, 15.0), partial(section, name, measurements, new_report(chosen, device)), f"bench {name}")
+        Job(name, ESTIMATES.get(name, 15.0), partial(section, name, measurements, chosen, device), f"bench {name}")
         for name in sections
     ]
     return Part("solves", jobs, show)
 
 
-def section(name: str, measurements: Sequence[Measurement], empty: Report, seconds: float) -> Row:
+def section(name: str, measurements: Sequence[Measurement], chosen: Plan, device: torch.device, seconds: float) -> Row:
     """A report of one section; what fails in it is recorded, and the others go on."""
-    report = empty | {name: [], "errors": []}
+    report = new_report(chosen, device) | {"errors": []}
     for measurement in measurements:
         if measurement.section == name:
             try:
