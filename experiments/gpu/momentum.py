@@ -33,7 +33,7 @@ def jobs(
     settings: Settings, depths: Sequence[int], images: Callable[[Settings, int, int], ImageData], channels: int, of: str = ""
 ) -> Iterator[Job]:
     """Every seed of every network, the shallow ones first."""
-    recipe, seeds, width = (SMALL, (0,), 4) if settings.quick else (PUBLISHED, SEEDS, 16)
+    recipe, seeds, width = (SMALL, (0,), 8) if settings.quick else (PUBLISHED, SEEDS, 16)
     for depth in depths:
         for network, build in NETWORKS.items():
             for seed in seeds:

@@ -20,7 +20,7 @@ def noise(settings: Settings) -> Part:
     recipe, seeds = (SMALL, (0,)) if settings.quick else (PUBLISHED, SEEDS)
     jobs = []
     for network, (depth, width, epoch) in NETWORKS.items():
-        depth, width = (14, 4) if settings.quick else (depth, width)
+        depth, width = (14, 8) if settings.quick else (depth, width)
         for how in NOISE:
             for seed in seeds:
                 kind = f"{network}, {how}"
