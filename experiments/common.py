@@ -142,6 +142,19 @@ def _read(root: str) -> ImageData:
     return data
 
 
+class History(pl.Callback):
+    """What a callback gathers by epoch. Checkpoints hold it, so that a training that goes on from one has all of it."""
+
+    def __init__(self) -> None:
+        self.epochs: list[Any] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epochs": list(self.epochs)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.epochs = list(state_dict["epochs"])
+
+
 def train(
     network: continuum.Network,
     data: ImageData,

@@ -8,8 +8,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = sorted(path.parent.name for path in (ROOT / "experiments").glob("*/cpu.yaml"))
-MEASUREMENTS = [("gpu.__main__", "tables", "h100"), ("benchmarks.noise", "report", "noise_cost")]
-MEASUREMENTS += [("benchmarks.reversible", "report", "reversible"), ("benchmarks.small", "report", "small")]
+MEASUREMENTS = [
+    ("benchmarks.noise", "report", "noise_cost"),
+    ("benchmarks.reversible", "report", "reversible"),
+    ("benchmarks.small", "report", "small"),
+]
 
 
 @pytest.fixture(autouse=True)

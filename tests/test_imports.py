@@ -19,8 +19,8 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # Parts of one rank know nothing of each other. `files` writes files for everybody and needs nobody.
 RANKS = [{"types", "files", "bases"}, {"fields"}, {"weights", "noise"}, {"schemes"}, {"solvers"}, {"integral"}, {"flow"}]
-RANKS += [{"models"}, {"zoo"}, {"models.checkpoint"}, {"convert", "export"}, {"analysis"}, {"training", "bench", "verify"}]
-RANKS += [{"cli"}]
+RANKS += [{"models"}, {"zoo"}, {"models.checkpoint"}, {"convert", "export"}, {"analysis"}, {"training", "verify"}]
+RANKS += [{"bench"}, {"cli"}]
 RANK = {part: rank for rank, parts in enumerate(RANKS) for part in parts}
 
 DOORS = {
@@ -28,7 +28,7 @@ DOORS = {
     "torchsde": ("solvers/",),
     "torchode": ("solvers/", "bench/"),
     "torchvision": ("convert.py", "training/sets.py"),
-    "pytorch_lightning": ("training/", "cli/"),
+    "pytorch_lightning": ("training/", "bench/", "cli/"),
     "lightning": (),
     "matplotlib": ("analysis/plots.py", "bench/plots.py"),
 }

@@ -42,7 +42,7 @@ def memory(problem: Problem, solver: Literal["dopri5", "euler"], deep: bool, dev
 
 
 class Synchronisations(TorchDispatchMode):
-    """Counts how often the host waits for `device` while it is active: for a number, for a size, for a copy.
+    """Counts how often the host waits for `device` while it is active, for a number, for a size, for a copy; and all operators.
 
     On a CPU nothing waits; what is counted there is what a GPU would have to be waited for, `.item()` and its relatives.
     """
@@ -52,10 +52,11 @@ class Synchronisations(TorchDispatchMode):
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.device = device
-        self.count = 0
+        self.count = self.operators = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        self.operators += 1
         if self.device.type in _devices((args, kwargs)):
             copied = self.device.type != "cpu" and "cpu" in _devices(result)
             self.count += func.overloadpacket in self.waits or copied

@@ -4,7 +4,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,13 +13,28 @@ from typing import Any, TypeAlias
 import torch
 
 from continuum.bench.counts import graphs, memory, synchronisations
+from continuum.bench.fit import fit_step
 from continuum.bench.rivals import optional
-from continuum.bench.timing import LOSSES, SEED, Plan, Problem, Row, adjoint, compiled, euler_step, forward, libraries, training
+from continuum.bench.timing import (
+    LOSSES,
+    SEED,
+    SMALL,
+    Case,
+    Plan,
+    Problem,
+    Row,
+    adjoint,
+    compiled,
+    euler_step,
+    forward,
+    libraries,
+    training,
+)
 
 Report: TypeAlias = dict[str, Any]
 """Facts of the run, and under each of `SECTIONS` the rows of its parts."""
 
-SECTIONS = ("synchronisations", "graphs", "euler_step", "memory", "overhead", "adjoint", "compiled")
+SECTIONS = ("synchronisations", "graphs", "euler_step", "fit_step", "memory", "overhead", "adjoint", "compiled")
 
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "8589934592", "MALLOC_TOP_PAD_": "268435456"}
 """What keeps glibc from handing large freed blocks back to the system, whose page faults would be measured with the solves."""
@@ -31,10 +46,25 @@ def plan(quick: bool = False, rounds: int | None = None) -> Plan:
     if quick:
         tiny = Problem((8, 8, 8), 2)
         few = (Problem((2,), 4, vectors.depth), tiny)
-        return Plan(few, adjoint=(tiny,), compiled=(), memory=tiny, rounds=rounds or 2, warm_up=0, seconds=5.0, images=2)
+        return Plan(
+            few,
+            adjoint=(tiny,),
+            compiled=(),
+            memory=tiny,
+            steps=(replace(SMALL, windows=2),),
+            rounds=rounds or 2,
+            warm_up=0,
+            seconds=5.0,
+            images=2,
+        )
     small, large = ([Problem(shape, batch) for shape in ((16, 32, 32), (32, 16, 16), (64, 8, 8))] for batch in (32, 128))
     return Plan(
-        (vectors, *small, *large), adjoint=tuple(small), compiled=(vectors, small[-1]), memory=large[-1], rounds=rounds or 15
+        (vectors, *small, *large),
+        adjoint=tuple(small),
+        compiled=(vectors, small[-1]),
+        memory=large[-1],
+        steps=(SMALL, Case(20, 16, 32, batch=32, windows=12), Case(20, 16, 32, batch=128, windows=5)),
+        rounds=rounds or 15,
     )
 
 
@@ -59,6 +89,7 @@ def parts(plan: Plan, device: torch.device) -> Iterator[Part]:
     for library in ("continuum", "torchdiffeq"):
         yield Part("graphs", f"graphs, {library}", partial(graphs, library, device))
     yield Part("euler_step", "Euler against the plain loop", partial(euler_step, plan, device))
+    yield from fit_parts(plan.steps, device)
     for solver in ("dopri5", "euler"):
         for deep in (False, True):
             title = f"memory, {solver}, {'100 evaluations and more' if deep else '26 evaluations'}"
@@ -73,6 +104,15 @@ def parts(plan: Plan, device: torch.device) -> Iterator[Part]:
         for direction in ("forward", "training"):
             measure = partial(compiled, problem, direction, plan, device)
             yield Part("compiled", f"{problem.label}, compiled, {direction}", measure)
+
+
+def fit_parts(cases: Sequence[Case], device: torch.device) -> Iterator[Part]:
+    """A training step of `fit` against the plain loop: eager and, where there is something to compile, compiled."""
+    for case in cases:
+        for way in ("eager",) if case.width == SMALL.width else ("eager", "compiled"):
+            for bar in (False, True):
+                title = f"fit, {case.name}, {case.batch} images, {way}{', bar' if bar else ''}"
+                yield Part("fit_step", title, partial(fit_step, case, way == "compiled", bar, device))
 
 
 def new_report(plan: Plan, device: torch.device) -> Report:
@@ -146,6 +186,8 @@ def summary_rows(report: Report) -> list[tuple[str, Values, str]]:
     few, many = (
         [r["ratio"] for r in memory if r["solver"] == "dopri5" and (r["evaluations"] >= 100) == deep] for deep in (0, 1)
     )
+    least = [r for r in report.get("fit_step", []) if not r["bar"] and not r["compiled"]]
+    beyond = [(r["fit_microseconds"] - r["plain_microseconds"]) / 1000 for r in least[:1]]
     steps = [r["ways"]["continuum"]["ratio"] for r in report["euler_step"]]
     trained = [r for r in report["overhead"] if r["pass"] == "training" and r["field"] != "MLP"]
     return [
@@ -158,6 +200,9 @@ def summary_rows(report: Report) -> list[tuple[str, Values, str]]:
         (f"checkpoint / direct, peak memory at 100 or more{where}", _here(many), "at most 0.15"),
         ("host synchronisations per attempted dopri5 step", _by_library(report, "synchronisations", "per_step"), "1"),
         ("training step of FixedStep(Euler()) / plain loop", _here(steps), "at most 1.02"),
+        ("training step of fit - plain loop, small network, ms", _here(beyond), "at most 0.3"),
+        ("the same, operators", _here(r["fit_operators"] - r["plain_operators"] for r in least), "at most 30"),
+        ("waits in a training step of fit", _here(r["fit_waits"] for r in least), "0"),
         ("graphs of four Euler steps", _by_library(report, "graphs", "graphs"), "1"),
     ]
 

@@ -71,16 +71,37 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class Case:
+    """A training step of preresnet(depth, width) on so many images of size x size; `windows` of a few steps are timed."""
+
+    depth: int
+    width: int
+    size: int
+    batch: int
+    windows: int
+
+    @property
+    def name(self) -> str:
+        return f"preresnet({self.depth})" + (f", {self.width} channels" if self.width != 16 else "")
+
+
+SMALL = Case(depth=14, width=4, size=8, batch=4, windows=100)
+"""Hardly any arithmetic, so that what surrounds it is timed. It is not compiled, for then nothing is left."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """How much is measured: `rounds` of each comparison behind those of the `warm_up`; where they take `seconds`, fewer.
 
-    `adjoint`, `memory` and `compiled` are measured on problems of their own, the training step on so many `images`.
+    `adjoint`, `memory` and `compiled` are measured on problems of their own, the training step of fixed steps on so many
+    `images`, and the one of `fit` in the cases of `steps`.
     """
 
     problems: tuple[Problem, ...]
     adjoint: tuple[Problem, ...]
     compiled: tuple[Problem, ...]
     memory: Problem
+    steps: tuple[Case, ...] = ()
     rounds: int = 15
     warm_up: int = 2
     seconds: float = 20.0

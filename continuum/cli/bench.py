@@ -1,5 +1,6 @@
-"""`continuum bench`: what a solve costs beyond its evaluations, here and elsewhere, as tables, a file and a picture."""
+"""`continuum bench`: what a solve costs beyond its evaluations, and a step of `fit` beyond its loop."""
 
+import logging
 import os
 import sys
 
@@ -8,6 +9,7 @@ from jsonargparse.typing import PositiveInt
 from rich.console import Console
 from rich.table import Table
 
+from continuum.bench.fit import HEADINGS, fit_table
 from continuum.bench.plots import plot_overhead
 from continuum.bench.report import ALLOCATOR, Report, new_report, parts, plan, summary, ways_of
 from continuum.cli.parser import Parser, chosen_device, parser_of
@@ -33,6 +35,7 @@ def bench_command(arguments: list[str]) -> None:
     if device.type == "cpu" and not options.quick:
         _keep_freed_memory()
     torch.set_num_threads(options.threads)
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # which says at every fit what devices there are
     console = Console(width=None if sys.stdout.isatty() else 160)
     chosen = plan(options.quick, options.rounds)
     report = new_report(chosen, device)
@@ -41,6 +44,7 @@ def bench_command(arguments: list[str]) -> None:
             status.update(part.title)
             part.add_to(report)
     console.print(_overheads(report))
+    console.print(_steps(report))
     print(f"\n{summary(report)}\n")
     for name, reason in report["missing"].items():
         print(f"{name}: {reason}")
@@ -75,4 +79,14 @@ def _overheads(report: Report) -> Table:
         cells = [f"{ways[n]['ratio']:.3g} ({ways[n]['evaluations']})" if n in ways else "" for n in names]
         single = ways["f"]["milliseconds"] / ways["f"]["evaluations"]
         table.add_row(f"{row['field']}, batch {row['batch']}", row["pass"] + tolerance, f"{single:.3g}", *cells)
+    return table
+
+
+def _steps(report: Report) -> Table:
+    """A line a network, way and progress bar."""
+    table = Table(title="a training step of `fit` against the plain loop over the same modules: medians")
+    for heading in HEADINGS:
+        table.add_column(heading, justify="left" if heading in ("network", "way") else "right")
+    for line in fit_table(report["fit_step"]):
+        table.add_row(*line)
     return table

@@ -9,12 +9,24 @@ from continuum.fields.base import Field, depth_channel
 from continuum.types import State, Time
 
 
+class Narrow(nn.Conv2d):
+    """A strided 1x1 convolution of few channels, whose input gets the usual strides.
+
+    In channels_last, oneDNN's gradient of one of stride 2 and fewer than 8 input channels writes outside its memory on CPUs
+    with AVX2 only (torch 2.14, oneDNN 3.12).
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.contiguous())
+
+
 def convolution(
     in_channels: int, out_channels: int, size: int, stride: int = 1, groups: int = 1, dilation: int = 1
 ) -> nn.Conv2d:
     """A convolution of residual networks: padded to keep the size, no bias, He-normal by fan-out (arXiv 1502.01852)."""
     padding = dilation * (size // 2)
-    conv = nn.Conv2d(in_channels, out_channels, size, stride, padding, dilation, groups, bias=False)
+    kind = Narrow if size == 1 and stride > 1 and in_channels < 8 else nn.Conv2d
+    conv = kind(in_channels, out_channels, size, stride, padding, dilation, groups, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return conv
 

@@ -37,6 +37,8 @@ NOISE = 1e-3
 SEEDS = (0, 1)
 """A training pass with each: the first sends a FractalNet through one column, the second drops inputs of its joins."""
 
+CPU = torch.device("cpu")
+
 CONTINUOUS = ("continuous_resnet", "odenet", "mlp", "neural_sde")
 """Builders whose plain loops take steps of any size, by Euler's method or RK4, or with noise by Euler-Maruyama's."""
 
@@ -66,22 +68,22 @@ class Certificate:
         return self.training and self.evaluation and self.buffers and self.gradient <= GRADIENTS
 
 
-def certify(network: Network, images: Images, labels: Tensor | None = None) -> Certificate:
+def certify(network: Network, images: Images, labels: Tensor | None = None, device: torch.device = CPU) -> Certificate:
     """Compare `network`, on a batch of images, with the plain loop of its builder under its published discrete scheme.
 
     The scheme is the builder's default, or Euler's method with h = 1 where that is adaptive; networks continuous in depth
     keep fixed steps of Euler's method or RK4, and a neural SDE those of Euler-Maruyama's. What is random is drawn alike. The
-    network itself stays as it is: its copy is compared, on the CPU.
+    network itself stays as it is: its copy is compared, on the CPU or on a `device` whose kernels are deterministic.
 
     Raises:
         ValueError: the network is not from the zoo, or was projected onto a basis: no plain loop is written for it.
     """
-    network, images = _discrete(network), images.cpu()
+    network, images = _discrete(network).to(device), images.to(device)
     with torch.no_grad():
         ours, theirs = (run(network.eval(), images) for run in (_logits, _logits_of_loop))
     evaluation, training, buffers, gradient = torch.equal(ours, theirs), True, True, 0.0
     faults = [] if evaluation else [_first_difference(network, images, 0)]
-    labels = torch.arange(len(images)) % ours.shape[1] if labels is None else labels.cpu()
+    labels = (torch.arange(len(images)) % ours.shape[1] if labels is None else labels).to(device)
     network.train()
     for seed in SEEDS:
         ours, gradients, moved = _trained(network, images, labels, _logits, seed)

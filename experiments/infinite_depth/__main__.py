@@ -16,7 +16,7 @@ from continuum.analysis.figures import Axes, Line
 from continuum.bases import Hat
 from continuum.fields import Autonomous, ODENetBranch, PreActivation
 from continuum.fields.branches import group_norm
-from experiments.common import Experiment, Row, cifar10, evaluated, seeded, single_flow, spread, table, train
+from experiments.common import Experiment, History, Row, cifar10, evaluated, seeded, single_flow, spread, table, train
 
 
 def networks(settings: Row) -> dict[str, Callable[[], continuum.Network]]:
@@ -38,11 +38,8 @@ def networks(settings: Row) -> dict[str, Callable[[], continuum.Network]]:
     }
 
 
-class Evaluations(pl.Callback):
+class Evaluations(History):
     """The mean number of evaluations a step in every epoch."""
-
-    def __init__(self) -> None:
-        self.epochs: list[float] = []
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.counts: list[int] = []

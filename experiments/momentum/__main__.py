@@ -8,22 +8,20 @@ import continuum
 from continuum.analysis import frictions
 from continuum.analysis.figures import Axes, Line
 from continuum.training import Steps
-from experiments.common import Experiment, Row, cifar10, evaluated, seeded, spread, table, train
+from experiments.common import Experiment, History, Row, cifar10, evaluated, seeded, spread, table, train
 
 NETWORKS = {"ResNet": continuum.zoo.preresnet, "LM-ResNet": continuum.zoo.lm_resnet}
 
 
-class Frictions(pl.Callback):
+class Frictions(History):
     """The k of every layer, before training and after every epoch."""
 
-    def __init__(self) -> None:
-        self.history: list[list[float]] = []
-
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.on_train_epoch_end(trainer, pl_module)
+        if not self.epochs:
+            self.on_train_epoch_end(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.history.append([friction.k for friction in frictions(pl_module.network)])
+        self.epochs.append([friction.k for friction in frictions(pl_module.network)])
 
 
 def run(experiment: Experiment, network: str, depth: int, seed: int) -> Row:
@@ -44,7 +42,7 @@ def run(experiment: Experiment, network: str, depth: int, seed: int) -> Row:
     )
     accuracy, loss = evaluated(model, data)
     places = [f"{friction.flow}, layer {friction.layer}" for friction in frictions(model)]
-    return {"accuracy": accuracy, "loss": loss, "places": places, "k": watch.history}
+    return {"accuracy": accuracy, "loss": loss, "places": places, "k": watch.epochs}
 
 
 def report(experiment: Experiment) -> str:

@@ -1,6 +1,5 @@
 """The bench: it says what it promises, its ways solve the same problem, and what is missing is no failure. Nothing is timed."""
 
-import importlib
 import json
 import os
 import sys
@@ -15,15 +14,15 @@ import torch
 from continuum.bench import report as bench
 from continuum.bench import timing
 from continuum.bench.counts import Synchronisations
+from continuum.bench.fit import WARM_UP, WINDOW, Clock, RandomImages, fit, network_of, plain_steps
 from continuum.bench.report import ALLOCATOR, SECTIONS, missing, new_report, plan, summary
-from continuum.bench.timing import Plan, Problem, Way, compared, counted, forward, libraries, ours, textbook
+from continuum.bench.timing import SMALL, Plan, Problem, Way, compared, counted, forward, libraries, ours, textbook
 from continuum.cli import main
 from continuum.zoo import preresnet
 
 CPU = torch.device("cpu")
 TINY = Problem((8, 8, 8), 2)
-TARGETS = ("1.15", "1.10", "1.40", "at least 8", "0.40", "0.15", "1.02")
-ROOT = Path(__file__).parents[2]
+TARGETS = ("1.15", "1.10", "1.40", "at least 8", "0.40", "0.15", "1.02", "0.3", "30")
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +64,12 @@ def test_the_quick_bench_writes_all_it_promises(monkeypatch: pytest.MonkeyPatch,
     assert {row["library"]: row["graphs"] for row in report["graphs"]}["continuum"] == 1
     assert "continuum" in report["euler_step"][0]["ways"]
 
+    for row in report["fit_step"]:
+        assert row["fit_microseconds"] > 0 < row["plain_microseconds"]
+        assert row["fit_operators"] > row["plain_operators"] > 100
+        assert row["plain_waits"] == 0
+    assert [row["bar"] for row in report["fit_step"]] == [False, True]
+
     assert Path("bench.png").stat().st_size > 5000
     printed = capsys.readouterr().out
     assert summary(report) in printed
@@ -103,6 +108,26 @@ def test_all_ways_solve_the_same_problem(problem: Problem) -> None:
 def test_the_textbook_loop_is_the_network() -> None:
     network, images = preresnet(14, width=4), torch.randn(2, 3, 32, 32)
     assert torch.equal(textbook(network)(images), network(images))
+
+
+def test_fit_and_the_plain_loop_of_its_comparison_train_alike() -> None:
+    """The same steps on the same images, so that what differs in time is not the arithmetic."""
+    looped, fitted = network_of(SMALL, CPU), network_of(SMALL, CPU)
+    data = RandomImages(16, size=8, batch_size=16)  # in one batch, whose order is no matter
+    for _ in plain_steps(looped, textbook(looped), data, CPU):
+        pass
+    fit(fitted, data, [], bar=False, device=CPU)
+    for (name, weight), other in zip(fitted.named_parameters(), looped.parameters(), strict=True):
+        assert torch.allclose(weight, other, atol=1e-6), name
+
+
+def test_a_clock_leaves_the_warm_up_out_and_times_whole_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter(range(0, 1000, 6))
+    monkeypatch.setattr("continuum.bench.fit.time.perf_counter", lambda: next(ticks))
+    clock = Clock(CPU)
+    for _ in range(WARM_UP + 2 * WINDOW + 1):
+        clock.step()
+    assert clock.seconds() == [6 / WINDOW] * 2
 
 
 def test_synchronisations_are_counted() -> None:
@@ -175,15 +200,3 @@ def test_the_command_starts_again_with_an_allocator_that_keeps_memory(monkeypatc
     with pytest.raises(RuntimeError, match="measured"):
         main(["bench", "--device", "cpu"])
     assert "not set" not in bench.machine(CPU)["allocator"]
-
-
-def test_the_experiment_records_what_it_could_not_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT))
-    experiment = importlib.import_module("experiments.gpu.__main__")
-    out = tmp_path / "gpu.json"
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--quick", "--device", "cpu", "--seconds", "0", "--out", str(out)])
-    experiment.main()
-    report = json.loads(out.read_text())
-    assert report["training"] == report["overhead"] == []
-    assert all("no time" in error["error"] for error in report["errors"])
-    assert {"preresnet(14), float32, eager", "odenet, 1 stage, bfloat16, compiled"} <= {e["part"] for e in report["errors"]}
