@@ -9,6 +9,7 @@ were, until somebody reads.
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
@@ -47,6 +48,10 @@ class Tally:
             self.suspects[shape] = torch.empty_like(batch[0]), torch.empty_like(batch[1])
         self.suspect = self.suspects[shape]
 
+    def gradients(self) -> list[Tensor]:
+        """The gradients that are there."""
+        return [weight.grad for weight in self.weights if weight.grad is not None]
+
     @torch.no_grad()
     def begin(self) -> None:
         """Take the buffers as they are for good ones."""
@@ -54,22 +59,25 @@ class Tally:
             torch.cat(group, out=saved)
 
     @torch.no_grad()
-    def judge(self, batch: Batch, loss: Tensor, found: Sequence[Tensor]) -> None:
-        """Look at a step before its update: at its loss, the statistics that it moved and the gradients that are there.
+    def judge(self, batch: Batch, loss: Tensor, found: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        """Look at a step before its update; under several ranks, all of them are broken where one is.
 
         Args:
             batch: the images and labels of the step.
             loss: what was differentiated.
             found: a mean over the images for each of the names.
+            gradients: those to look at.
         """
         broken_before = self.found_inf != 0
         for kept, new in zip(self.suspect, batch, strict=True):
             torch.where(broken_before, kept, new, out=kept)
         fresh = [torch.cat(group) for group in self.groups]
         numbers = [loss.detach(), *((0 * new).sum() for new in fresh if new.is_floating_point())]
-        if gradients := [weight.grad for weight in self.weights if weight.grad is not None]:
+        if gradients:
             numbers.append(get_total_norm(gradients, float("inf")))
         self.excess.add_((0 * torch.stack(numbers)).sum())
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(self.excess)
         broken = self.excess != 0
         self.found_inf.copy_(broken)
         for saved, group, new in zip(self.saved, self.groups, fresh, strict=True):

@@ -117,7 +117,8 @@ class Updates(pl.LightningModule):
         except SolveError:
             tally.restore()
             raise
-        tally.judge(batch, loss, found)
+        # Those of float16 are scaled, and may overflow: their scaler looks at them.
+        tally.judge(batch, loss, found, tally.gradients() if self.scaler is None else [])
         if not self._looks_itself(optimizer.optimizer):
             self.read()
         if updates:
@@ -134,7 +135,7 @@ class Updates(pl.LightningModule):
         optimizer.zero_grad()
         loss, found = self.objective(batch)
         loss.backward()
-        self.tally.judge(batch, loss, found)
+        self.tally.judge(batch, loss, found, self.tally.gradients())
         optimizer.found_inf = self.tally.found_inf  # pyright: ignore[reportAttributeAccessIssue]
         optimizer.step()
         return loss.detach()

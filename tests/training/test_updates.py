@@ -215,3 +215,14 @@ def test_what_cannot_be_captured_says_why(make: Callable[..., Network], options:
     model, trainer = Classifier(make(14, width=4)), quiet_trainer(**options)
     found = obstacle(trainer, model)
     assert found is None if reason is None else reason in (found or "")
+
+
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed", "bf16-true", "64-true"])
+def test_every_precision_trains(precision: str) -> None:
+    torch.manual_seed(0)
+    model = Classifier(preresnet(14, width=4, in_channels=1), learning_rate=0.01)
+    images, labels = loader(4).dataset.tensors  # type: ignore[attr-defined]
+    kind = {"bf16-true": torch.bfloat16, "64-true": torch.float64}.get(precision, torch.float32)
+    before = next(model.network.parameters()).detach().double()
+    fit(model, DataLoader(TensorDataset(images.to(kind), labels), batch_size=6), precision=precision)
+    assert not torch.equal(next(model.network.parameters()).detach().double(), before)
