@@ -38,7 +38,7 @@ class Tally:
         self.suspects: dict[torch.Size, Batch] = {}
         self.take(batch)
         # Zero, and no number from the first broken step on; what the optimiser reads; the sums, and the good steps behind them.
-        self.excess, self.found_inf = torch.zeros(2, device=device).unbind()
+        self.excess, self.found_inf = torch.zeros(2, dtype=torch.float32, device=device).unbind()
         self.sums = torch.zeros(len(names) + 1, dtype=torch.promote_types(batch[0].dtype, torch.float32), device=device)
 
     def take(self, batch: Batch) -> None:
