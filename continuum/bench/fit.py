@@ -1,6 +1,6 @@
 """What a training step of `fit` costs beyond the plain loop over the same modules: t(step of fit) - t(step of the loop).
 
-Both take uint8 images in the order of one permutation, normalise them, and update by SGD with Nesterov's momentum and weight
+Both take uint8 images in the order of one permutation, normalise them, and update by fused SGD with Nesterov momentum and weight
 decay; neither shifts or mirrors. The loop has its images on the device and does nothing else. `fit` has `Classifier`, its data
 module, the callbacks that `continuum fit` sets (but for checkpoints), and no logger.
 """
@@ -108,7 +108,7 @@ def plain_steps(network: Network, run: FlowMap, data: ImageData, device: torch.d
     assert isinstance(data.train_images, InMemory)
     pixels, labels = data.train_images.pixels.to(device), data.train_images.labels.to(device)
     mean, std = (255 * part.to(device).view(1, -1, 1, 1) for part in (data.mean, data.std))
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4, nesterov=True)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4, nesterov=True, fused=True)
     network.train()
     for batch in torch.randperm(len(labels)).to(device).split(data.batch_size):
         optimizer.zero_grad()

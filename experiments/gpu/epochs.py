@@ -75,7 +75,7 @@ def plain_captured(network: Network, data: RandomImages, precision: str, device:
     network.to(device).train()
     images = torch.randn(data.batch_size, *data.shape, device=device)
     labels = torch.randint(10, (data.batch_size,), device=device)
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4, nesterov=True)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4, nesterov=True, fused=True)
 
     def step() -> None:
         optimizer.zero_grad()
