@@ -15,9 +15,8 @@ from continuum.integral import Integrand, augmented
 from continuum.noise.base import has_noise, without_noise
 from continuum.schemes.base import inside
 from continuum.solvers import Cost, Solver, parse
-from continuum.solvers.arithmetic import compile_field
 from continuum.solvers.base import Solution, evaluating, statistics_untouched
-from continuum.solvers.fixed import compile_whole
+from continuum.solvers.compiled import compile_whole
 from continuum.solvers.packed import Packed, pack
 from continuum.types import State, StateOrStates, States
 
@@ -196,14 +195,14 @@ class Flow(nn.Module):
     def compile(self) -> None:
         """Compile this flow in place: its class, state dict and results (to rounding) stay.
 
-        Fixed steps become one graph, for each depth and step one of its own. How many steps any other solver takes is not
-        known beforehand, nor are steps that are taken back (`gradient="reversible"`) or derived (`Milstein`) to be traced:
-        there the evaluations of the field are compiled.
+        Fixed steps become one graph, for each depth and step one of its own. How many steps an adaptive solve takes is not
+        known beforehand, so there each attempted step is one function of depth and step. Where steps are taken back
+        (`gradient="reversible"`), derived (`Milstein`) or another library's, the evaluations of the field are compiled.
         """
         if self.solver.one_graph:
             compile_whole(self)
         else:
-            compile_field(self.field)
+            self.solver.compile(self.field)
 
     def states(self, x: StateOrStates, memory: State | None = None) -> list[StateOrStates]:
         """What `forward` passes through: x, and the state after each step.

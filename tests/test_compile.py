@@ -14,7 +14,6 @@ from continuum import RK4, Autonomous, Euler, EulerMaruyama, Expansion, FixedSte
 from continuum.bases import Hat
 from continuum.cli import main
 from continuum.schemes import AdamsBashforth, Coupling, LinearTwoStep
-from continuum.solvers.arithmetic import FusedSums, Sums, _fused
 
 POINTS = states(5, 4)
 
@@ -194,23 +193,6 @@ def test_what_cannot_be_one_graph_still_solves(graphs, compiled):
     ]:
         flow = Flow(field, solver, 2)
         assert_same(compiled(flow), flow)
-
-
-def test_fused_sums_are_the_sums(graphs):
-    """Which a GPU takes."""
-    x, *slopes = (torch.randn(4, 3, dtype=FLOAT64) for _ in range(14))
-    weights = torch.randn(13, dtype=FLOAT64).tolist()
-    weights[1] = 0.0
-    _fused.cache_clear()
-    for terms in range(3, 14):
-        both = [kind(x, 0.3, [weights[:terms]]) for kind in (FusedSums, Sums)]
-        for sums in both:
-            for slope in slopes:
-                sums.add(slope)
-        found, expected = (sums.total(0) for sums in both)
-        torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
-    assert graphs.frame_count == 2, "sums of up to seven terms, and of up to fourteen"
-    _fused.cache_clear()
 
 
 def test_a_failing_solve_says_so_in_a_compiled_network(graphs):

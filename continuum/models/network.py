@@ -19,7 +19,7 @@ from continuum.models.parts import NoisyTransition
 from continuum.noise.base import has_noise, noise_only
 from continuum.solvers import SolveError, Solver
 from continuum.solvers.base import evaluating, restored_on_error
-from continuum.solvers.fixed import compile_whole
+from continuum.solvers.compiled import compile_whole
 from continuum.types import Images, Logits, State
 
 P = ParamSpec("P")

@@ -13,6 +13,7 @@ import torch
 
 from continuum.fields import Field
 from continuum.solvers.base import Solution, Solver, needs_grad, option_text, refuse_noise, restored_on_error, unmoved
+from continuum.solvers.compiled import compile_attempts
 from continuum.solvers.control import Norm, StepControl
 from continuum.solvers.fixed import FixedStep, check_every
 from continuum.solvers.pairs import FIXED, METHODS, PAIRS, Embedded, pair_of
@@ -139,6 +140,12 @@ class Adaptive(Solver):
             return FixedStep(Embedded(self.method), grid=grid)
         except ValueError as error:
             raise TypeError(str(error)) from None
+
+    def compile(self, field: Field) -> None:
+        if self.chosen_engine == "continuum":
+            compile_attempts(field)
+        else:
+            super().compile(field)
 
     def check(self, field: Field) -> None:
         refuse_noise(field, self)

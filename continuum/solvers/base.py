@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from continuum.fields import Field
 from continuum.noise.base import stochastic_fields
+from continuum.solvers.compiled import compile_field
 from continuum.types import REPLACING, State
 
 
@@ -64,8 +65,12 @@ class Solver(ABC):
 
     @property
     def one_graph(self) -> bool:
-        """Whether torch.compile can follow all steps; of other solvers, it compiles the evaluations of the field."""
+        """Whether torch.compile can follow all steps; where it cannot, `compile` says what it is given."""
         return False
+
+    def compile(self, field: Field) -> None:
+        """Compile the parts of a solve of `field`, in place: its evaluations, unless more of it is one function."""
+        compile_field(field)
 
     @property
     def remembers(self) -> bool:

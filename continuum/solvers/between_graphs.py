@@ -1,11 +1,10 @@
-"""A solve in a compiled network that the compiler cannot follow step by step: it is given the evaluations of the field."""
+"""A solve in a compiled network that the compiler cannot follow step by step: it is given parts of it."""
 
 from collections.abc import Sequence
 
 import torch
 
 from continuum.fields import Field
-from continuum.solvers.arithmetic import compile_field
 from continuum.solvers.base import Solution, Solver
 from continuum.types import State
 
@@ -14,5 +13,5 @@ from continuum.types import State
 def solve_between_graphs(
     solver: Solver, field: Field, x: State, times: Sequence[float], previous: State | None = None, exact: bool = False
 ) -> Solution:
-    compile_field(field)
+    solver.compile(field)
     return solver(field, x, times, previous, exact)

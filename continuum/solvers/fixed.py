@@ -1,6 +1,5 @@
 """Fixed steps: x_{n+1} = step(t_n, x_n, h) on a grid known beforehand; with Euler and h = 1, a residual network."""
 
-import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -8,7 +7,7 @@ from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from continuum.fields import Field
@@ -282,18 +281,6 @@ def check_every(every: int, gradient: str) -> None:
             f"every={every} says which states gradient='checkpoint' stores; gradient={gradient!r} has no use for it: leave one "
             "of them out"
         )
-
-
-def compile_whole(module: nn.Module) -> None:
-    """Compile `module` in place, as one graph for each way it is called, whatever else is compiled in this process.
-
-    torch counts graphs by code, to eight, and all modules share that of `nn.Module.__call__`. Where it can count for each
-    module alone it does; an older torch runs the ninth eagerly, with a warning, rather than refuse it for not being one graph.
-    """
-    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
-        nn.Module.compile(module, fullgraph=True, isolate_recompiles=True)
-    else:
-        nn.Module.compile(module)
 
 
 def _constant(number: float) -> float:

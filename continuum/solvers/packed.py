@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from continuum.fields import Field
+from continuum.fields.base import in_mode_of
 from continuum.types import State, Time
 
 
@@ -39,6 +40,9 @@ class Packed(Field):
         parts = flat.split([shape.numel() for shape in self.shapes])
         return tuple(part.view(shape) for part, shape in zip(parts, self.shapes, strict=True))
 
+    def at(self, t: float) -> Field:
+        return in_mode_of(self, Packed(self.field.at(t), self.shapes))
+
     def forward(self, t: Time, x: State) -> State:
         slopes = self.field(t, self.split(x))
         if not isinstance(slopes, tuple) or _shapes(slopes) != self.shapes:
@@ -48,6 +52,11 @@ class Packed(Field):
             )
         # Under autocast a slope may come in half precision; the state keeps its own.
         return torch.cat([slope.to(x.dtype).reshape(-1) for slope in slopes])
+
+
+def unpacked(field: Field) -> Field:
+    """The field of tuples where `field` is packed, otherwise itself."""
+    return field.field if isinstance(field, Packed) else field
 
 
 def components(field: Field, x: State) -> tuple[Tensor, ...]:

@@ -39,7 +39,7 @@ class Pair:
     middle: Row
     order: int
 
-    @cached_property
+    @property
     def reuses_last(self) -> bool:
         """Whether the last stage is f at the new point, and so the first one of the next step.
 

@@ -5,7 +5,7 @@ while, on buffers that it moves itself, on random numbers and on autocast. Each 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
@@ -236,8 +236,13 @@ class Precision:
         kind = device.type
         return Precision(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
 
-    def again(self) -> torch.autocast:
-        """Without autocast's cache: a weight that was cast without gradient must not be met with one, nor the reverse."""
+    def again(self) -> AbstractContextManager[Any]:
+        """Without autocast's cache: a weight that was cast without gradient must not be met with one, nor the reverse.
+
+        Nothing changes where autocast is off, then and now: a compiled function would not know itself without the cache.
+        """
+        if not (self.enabled or torch.is_autocast_enabled(self.device)):
+            return nullcontext()
         return torch.autocast(self.device, dtype=self.dtype, enabled=self.enabled, cache_enabled=False)
 
 

@@ -8,18 +8,20 @@ steps, whatever autograd is asked for.
 
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from continuum.fields import Field
-from continuum.fields.base import checked
+from continuum.fields.base import checked, depth_tensor
 from continuum.schemes.base import inside
-from continuum.solvers.arithmetic import combined, scaled_error, sums_for
+from continuum.solvers.arithmetic import Sums, combined, scaled_error
 from continuum.solvers.base import Cost, SolveError, advice, cut_at_knots, rows_not_finite
+from continuum.solvers.compiled import compiled_attempt, in_one
 from continuum.solvers.control import StepControl, any_rank
 from continuum.solvers.packed import components
 from continuum.solvers.pairs import Pair
@@ -31,23 +33,25 @@ NOTHING = nullcontext()
 
 @dataclass
 class Attempt:
-    """A step that was tried from depth t in a piece of the field: its signed size h, where it ends, and the depths of its
-    stages, of its new point and of the stages of its dense output.
+    """A step that was tried from depth t in a piece of the field, between `bounds`: its signed size h and where it ends.
 
     `shares` are the parts of the step at which a state is wanted. A `final` one ends the piece: nothing uses the slope at its
-    new point but the error.
+    new point but the error. `limits` are `bounds` and the tolerances, as a compiled attempt is given them.
     """
 
     piece: Field
     t: float
     h: float
     end: float
-    depths: Sequence[float]
-    last: float
-    inner: Sequence[float]
+    bounds: tuple[float, float]
     shares: Sequence[float]
     final: bool
+    limits: Tensor | None
     accepted: bool = False
+
+    def depth(self, c: float) -> float:
+        """The depth of a stage, t + c h."""
+        return min(max(self.end if c == 1 else self.t + c * (self.end - self.t), min(self.bounds)), max(self.bounds))
 
 
 class Stepper:
@@ -77,6 +81,7 @@ class Stepper:
         self.evaluations = 0
         self.watched = 0
         self.recompute: Recomputation | None = None
+        self.whole = compiled_attempt(field, pair)
         self.under_way = True  # afterwards, evaluations repeat those of an attempt and are not counted
         self.stages = pair.c[1:]
         self.rows = pair.a[1:] if pair.reuses_last else (*pair.a[1:], pair.b)
@@ -87,7 +92,6 @@ class Stepper:
 
     def run(self, x: State) -> list[State]:
         """The states at all times behind the first."""
-        self.sums = sums_for(self.field, x.device)
         found: dict[float, State] = {}
         for start, stop in pairwise(cut_at_knots(self.field.knots, self.times[0], self.times[-1])):
             x = found[stop] = self._piece(x, start, stop, found)
@@ -113,12 +117,16 @@ class Stepper:
         slope = recompute(slope_at_start, x) if recompute else slope_at_start(x)
         if self.step is None:
             self.step = self._first_step(piece, start, x, slope, bounds)
+        limits = None
+        if self.whole:
+            numbers = (min(bounds), max(bounds), self.control.rtol, self.control.atol)
+            limits = torch.stack([depth_tensor(number, x) for number in numbers])
         t = start
         wanted = [time for time in self.times if self.way * start < self.way * time < self.way * stop]
         while t != stop:
             # Where nothing is read off between the ends, a step ends at the next requested time.
             goal = stop if self.inner is not None or not wanted else wanted[0]
-            run = _Span(self, piece, t, goal, goal == stop, wanted, bounds)
+            run = _Span(self, piece, t, goal, goal == stop, wanted, bounds, limits)
             x, slope, inner = recompute(run, x, slope) if recompute else run(x, slope)
             t = run.end
             states = [state for stacked in inner for state in stacked.unbind()]
@@ -143,50 +151,75 @@ class Stepper:
         hits = h >= left - 4 * sys.float_info.epsilon * max(abs(t), abs(goal))
         size = left if hits else h
         end = goal if hits else t + self.way * size
-        low, high = min(span.bounds), max(span.bounds)
-
-        def depth(c: float) -> float:
-            return min(max(end if c == 1 else t + c * (end - t), low), high)
-
-        depths = [depth(c) for c in self.stages]
         shares = self._shares(t, end, span.wanted) if span.wanted else []
-        inner = [depth(c) for c, _ in self.inner or ()] if shares else []
         final = span.last and hits and not shares
-        return Attempt(span.piece, t, self.way * size, end, depths, depth(1), inner, shares, final), h
+        return Attempt(span.piece, t, self.way * size, end, span.bounds, shares, final, span.limits), h
 
-    def stages_of(self, attempt: Attempt, x: State, slope: State, keep: bool) -> tuple[State, list[State]]:
-        """The new state, and the slopes of all stages, or the last one alone."""
+    def stages_of(self, attempt: Attempt, x: State, slope: State, keep: bool) -> tuple[State, list[State], Tensor | None]:
+        """The new state, the slopes of all stages, or the last one alone, and, of a compiled attempt, the size of its error."""
+        if found := self._in_one(attempt, x, slope):
+            return found
         last = len(self.stages) - 1
-        sums, end = self.sums(x, attempt.h, self.rows, 0 if keep else last + 1), x
+        sums, end = Sums(x, attempt.h, self.rows, 0 if keep else last + 1), x
         sums.add(slope)
-        for stage, depth in enumerate(attempt.depths):
+        for stage, c in enumerate(self.stages):
             end = sums.total(stage)
             unused = attempt.final and self.pair.reuses_last and stage == last
-            sums.add((self._number if unused else self._slope)(attempt.piece, depth, end))
+            sums.add((self._number if unused else self._slope)(attempt.piece, attempt.depth(c), end))
         if not self.pair.reuses_last:
             end = sums.total(last + 1)
-        return end, sums.slopes
+        return end, sums.slopes, None
+
+    def _in_one(self, attempt: Attempt, x: State, slope: State) -> tuple[State, list[State], Tensor] | None:
+        """The same by one compiled function; None where there is none, the budget ends in it, or autograd goes forward."""
+        if self.whole is None or attempt.limits is None:
+            return None
+        count = len(self.stages) if self.under_way else 0
+        if self.evaluations + count > self.control.max_evaluations:
+            return None
+        if torch._C._are_functorch_transforms_active() or unpack_dual(slope).tangent is not None:
+            return None
+        keep = bool(attempt.shares)
+        final = attempt.final and self.pair.reuses_last and torch.is_grad_enabled()
+        with self._refusing_draws(self.watched < 2 <= self.watched + count, x):
+            t, h = depth_tensor(attempt.t, x), depth_tensor(attempt.h, x)
+            shared = (self.pair, self.control.norm, attempt.piece)
+            found = in_one(self.whole, *shared, x, slope, t, h, attempt.limits, keep, final)
+        if found is None:
+            return None
+        self.evaluations += count
+        self.watched += count
+        if self.recompute and self.under_way:
+            self.recompute.forget()
+        end, slopes, size = found
+        return end, [slope, *slopes] if keep else slopes, size
 
     def finished(self, attempt: Attempt, x: State, end: State, slopes: list[State]) -> tuple[State, list[Tensor]]:
         """The slope at the end of an accepted step, and the states wanted inside it, stacked."""
         if not (self.pair.reuses_last or attempt.final):
-            slopes = [*slopes, self._slope(attempt.piece, attempt.last, end)]
+            slopes = [*slopes, self._slope(attempt.piece, attempt.depth(1), end)]
         last = slopes[-1]
         if not attempt.shares:
             return last, []
-        for depth, (_, row) in zip(attempt.inner, self.inner or (), strict=True):
-            slopes = [*slopes, self._slope(attempt.piece, depth, combined(x, attempt.h, row, slopes))]
+        for c, row in self.inner or ():
+            slopes = [*slopes, self._slope(attempt.piece, attempt.depth(c), combined(x, attempt.h, row, slopes))]
         return last, [self._between(attempt, x, slopes)]
 
-    def accept(self, attempt: Attempt, free: float, x: State, end: State, slopes: list[State]) -> bool:
-        """Whether the error meets the tolerance; it also decides the size of the next attempt."""
+    def error_of(self, attempt: Attempt, x: State, end: State, slopes: list[State], found: Tensor | None) -> float:
+        """The error of an attempt as a part of what the tolerances allow; `found` is what a compiled one knows of it."""
         with torch.no_grad():
-            error = scaled_error(attempt.h, self.pair.e, slopes, x, end, self.control.rtol, self.control.atol)
-            ratio = self.control.size(components(self.field, error)).item()
+            if found is None or self.control.norm == "global":
+                if found is None:
+                    found = scaled_error(attempt.h, self.pair.e, slopes, x, end, self.control.rtol, self.control.atol)
+                found = self.control.size(components(self.field, found))
+            return found.item()
+
+    def accept(self, attempt: Attempt, free: float, x: State, slope: State, ratio: float) -> bool:
+        """Whether the error meets the tolerance; it also decides the size of the next attempt."""
         size = abs(attempt.h)
         self.tried.append(size)
         if ratio != ratio:
-            self._check_finite("the state or its field is not finite", attempt.t, size, x, slopes[0])
+            self._check_finite("the state or its field is not finite", attempt.t, size, x, slope)
             ratio = float("inf")  # the step went too far: a smaller one may be finite
         grown, factor = self.control.next(size, ratio, self.pair.order)
         # A step that was cut short to end on its goal need not grow back to its size.
@@ -218,13 +251,16 @@ class Stepper:
         """f(t, x) in the type of x; the second evaluation of a piece shows whether the field draws at each."""
         if self.under_way:
             self._count(t)
-        with refusing_draws(x.device, self.title) if self.watched == 2 and self.field.training else NOTHING:
+        with self._refusing_draws(self.watched == 2, x):
             slope = checked(piece(t, x), x)
         if slope.dtype != x.dtype:
             slope = slope.to(x.dtype)
         if self.recompute and self.under_way:
             self.recompute.forget()
         return slope
+
+    def _refusing_draws(self, second: bool, x: State) -> AbstractContextManager[None]:
+        return refusing_draws(x.device, self.title) if second and self.field.training else NOTHING
 
     def _number(self, piece: Field, t: float, x: State) -> State:
         """f(t, x) without the graph behind it, of a state that the field may differentiate by."""
@@ -288,8 +324,10 @@ class _Span:
         last: bool,
         wanted: Sequence[float],
         bounds: tuple[float, float],
+        limits: Tensor | None,
     ) -> None:
-        self.stepper, self.piece, self.goal, self.last, self.wanted, self.bounds = stepper, piece, goal, last, wanted, bounds
+        self.stepper, self.piece, self.goal, self.last, self.wanted = stepper, piece, goal, last, wanted
+        self.bounds, self.limits = bounds, limits
         self.end = t
         self.made: list[Attempt] = []
         self.done = False
@@ -298,7 +336,7 @@ class _Span:
         """The state and the slope at the end, and the states wanted inside each step, stacked."""
         inner: list[Tensor] = []
         for attempt in self.made if self.done else ():
-            end, slopes = self.stepper.stages_of(attempt, x, slope, keep=bool(attempt.shares))
+            end, slopes, _ = self.stepper.stages_of(attempt, x, slope, keep=bool(attempt.shares))
             if attempt.accepted:
                 x, slope = self._taken(attempt, x, end, slopes, inner)
         if self.done:
@@ -306,8 +344,9 @@ class _Span:
         self.done, accepted = True, 0
         while accepted < max(self.stepper.every, 1) and self.end != self.goal:
             attempt, free = self.stepper.plan(self, x, slope)
-            end, slopes = self.stepper.stages_of(attempt, x, slope, keep=True)
-            attempt.accepted = self.stepper.accept(attempt, free, x, end, slopes)
+            end, slopes, size = self.stepper.stages_of(attempt, x, slope, keep=True)
+            ratio = self.stepper.error_of(attempt, x, end, slopes, size)
+            attempt.accepted = self.stepper.accept(attempt, free, x, slope, ratio)
             if not (accepted or attempt.accepted):
                 break
             self.made.append(attempt)
