@@ -11,7 +11,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -79,11 +79,19 @@ Attempted: TypeAlias = Callable[..., tuple[State, list[State], Tensor]]
 """`attempted`, compiled."""
 
 _ATTEMPTS: WeakKeyDictionary[Field, dict[Pair, Attempted]] = WeakKeyDictionary()
+_NOT_WHOLE: WeakSet[Field] = WeakSet()
 
 
 def compile_attempts(field: Field) -> None:
-    """Compile, when they are first needed, the attempted steps on `field`, each as one function."""
+    """Compile, when they are first needed, the attempted steps on `field`, each as one function.
+
+    A piece with buffers is evaluated by compiled code alone. This tells autograd that it moves batch statistics, and eager
+    evaluations, which do not, would miss those that they have saved.
+    """
     _ATTEMPTS.setdefault(unpacked(field), {})
+    for part in unpacked(field).pieces():
+        if part._compiled_call_impl is None and next(part.buffers(), None) is not None:
+            part.compile()
 
 
 def compiled_attempt(field: Field, pair: Pair) -> Attempted | None:
@@ -106,7 +114,7 @@ def in_one(function: Attempted, pair: Pair, norm: Norm, piece: Field, *others: A
     from torch._dynamo.exc import TorchDynamoException  # the compiler is loaded only where it is used
 
     part = unpacked(piece)
-    if part._compiled_call_impl is not None:
+    if part in _NOT_WHOLE:
         return None
     try:
         return function(pair, norm, piece, *others)
@@ -116,5 +124,6 @@ def in_one(function: Attempted, pair: Pair, norm: Norm, piece: Field, *others: A
             f"an attempted step of this {type(part).__name__} is not compiled as a whole, its evaluations are: {reason}",
             stacklevel=2,
         )
-        part.compile()
+        _NOT_WHOLE.add(part)
+        compile_field(part)
         return None
