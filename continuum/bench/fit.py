@@ -1,8 +1,8 @@
 """What a training step of `fit` costs beyond the plain loop over the same modules: t(step of fit) - t(step of the loop).
 
-Both take uint8 images in the order of one permutation, normalise them, and update by fused SGD with Nesterov momentum and weight
-decay; neither shifts or mirrors. The loop has its images on the device and does nothing else. `fit` has `Classifier`, its data
-module, the callbacks that `continuum fit` sets (but for checkpoints), and no logger.
+Both take uint8 images in the order of one permutation, normalise them, and update by fused SGD with Nesterov momentum and
+weight decay; neither shifts or mirrors. The loop has its images on the device and does nothing else. `fit` has `Classifier`,
+its data module, the callbacks that `continuum fit` sets (but for checkpoints), and no logger.
 """
 
 import os
