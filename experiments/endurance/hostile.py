@@ -89,7 +89,8 @@ def configuration(draw: random.Random) -> str:
     options = {
         "seed_everything": "0",
         "model.network.class_path": "continuum.zoo.odenet",
-        "model.network.init_args.width": "4",
+        "model.network.init_args.downsample": "false",
+        "model.network.init_args.width": "8",
         "model.learning_rate": "0.1",
         "data.class_path": "continuum.training.Digits",
         "trainer.max_epochs": "1",
