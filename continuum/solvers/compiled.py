@@ -79,7 +79,10 @@ Attempted: TypeAlias = Callable[..., tuple[State, list[State], Tensor]]
 """`attempted`, compiled."""
 
 _ATTEMPTS: WeakKeyDictionary[Field, dict[Pair, Attempted]] = WeakKeyDictionary()
+"""Of each compiled field, by pair; a copy of the field is not among them."""
+
 _NOT_WHOLE: WeakSet[Field] = WeakSet()
+"""Pieces that the compiler could not follow."""
 
 
 def compile_attempts(field: Field) -> None:
@@ -110,7 +113,7 @@ def _may_change(guards: Sequence[Any]) -> list[bool]:
 
 
 def in_one(function: Attempted, pair: Pair, norm: Norm, piece: Field, *others: Any) -> tuple[State, list[State], Tensor] | None:
-    """The attempt by one function; None on a piece that the compiler cannot follow, whose evaluations are compiled instead."""
+    """The attempt by `function`; None on a piece that the compiler cannot follow, whose evaluations are compiled instead."""
     from torch._dynamo.exc import TorchDynamoException  # the compiler is loaded only where it is used
 
     part = unpacked(piece)

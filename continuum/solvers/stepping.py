@@ -3,7 +3,7 @@
 The steps are torchdiffeq's (see `control`). What differs is the cost: stages are tensors of their own, depths and sizes are
 Python floats, and the device is waited for once an attempt (the ratio) and twice for the first size. All of it is a plain loop
 under autograd, in which step sizes are constants and rejected attempts are dropped; so the gradient is that of the accepted
-steps, whatever autograd is asked for.
+steps, whatever autograd is asked for. Of a compiled field an attempt is one function (see `compiled`), in the same loop.
 """
 
 import sys
