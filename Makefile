@@ -30,7 +30,7 @@ test: .venv/installed-dev
 
 # The oldest versions that pyproject.toml allows, in an environment of their own; not a part of every test.
 LOWEST := torch==2.11.0 torchvision==0.26.0 torchdiffeq==0.2.5 torchsde==0.2.6 pytorch-lightning==2.6.0 \
-	jsonargparse==4.48.0 rich==12.3.0 torchmetrics==1.7.0
+	jsonargparse==4.51.0 rich==12.3.0 torchmetrics==1.7.0
 
 test-lowest: .venv-lowest/installed
 	OMP_NUM_THREADS=1 .venv-lowest/bin/pytest --numprocesses 2 --dist loadfile tests/cli tests/training tests/models tests/solvers
