@@ -97,7 +97,9 @@ class Updates(pl.LightningModule):
             with self.step_context(batch_idx):
                 loss = self.launch(batch)
             steps.increment_completed()
-        if self.trainer.is_last_batch or self._due(steps.total.completed):
+        if self.trainer.is_last_batch:
+            self.on_train_epoch_end()  # before the hooks of callbacks at the end of the epoch, which ask for its means
+        elif self._due(steps.total.completed):
             self.read()
             self.log_dict(self.means, prog_bar=True)
         return {"loss": loss}
@@ -157,7 +159,7 @@ class Updates(pl.LightningModule):
         self._others_may_write()
 
     def on_train_epoch_end(self) -> None:
-        """Log the means of the epoch."""
+        """Log the means of the epoch; again for one that ends before its last batch."""
         self.read()
         values = [self.epoch_images, *self.epoch_sums.values()]
         images, *sums = self.trainer.strategy.reduce(torch.tensor(values, device=self.device), reduce_op="sum").tolist()

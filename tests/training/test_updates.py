@@ -196,6 +196,21 @@ def test_readings_are_means_over_the_images(tmp_path: Any) -> None:
     assert trainer.callback_metrics["train/accuracy"].item() == pytest.approx(correct.double().mean().item())
 
 
+class Asks(pl.Callback):
+    """Keeps the loss that callbacks see at the end of an epoch."""
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.seen = float(trainer.callback_metrics["train/loss"])
+
+
+def test_callbacks_see_the_means_of_the_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Classifier, "INTERVAL", 0.0)
+    asks, model = Asks(), Classifier(network())
+    trainer = fit(model, loader(4, last=3), asks)
+    assert asks.seen == pytest.approx(trainer.callback_metrics["train/loss"].item(), rel=1e-6)
+    assert asks.seen != pytest.approx(model.means["train/loss"], rel=1e-6), "which is that of the last step"
+
+
 class Hooked(pl.Callback):
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Takes part in a step."""
