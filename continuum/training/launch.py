@@ -40,6 +40,7 @@ class Launch:
     def __init__(self, step: Callable[[Batch], Tensor], optimizer: Optimizer) -> None:
         self.step, self.optimizer = step, optimizer
         self.warmed = 0
+        self.stream: torch.cuda.Stream | None = None
         self.static: Batch | None = None
         self.replay: Callable[[], Tensor] | None = None
 
@@ -62,7 +63,8 @@ class Launch:
         """A step on the stream that captures: autograd remembers where a weight was first used."""
         if batch[0].device.type != "cuda":
             return self.step(batch)
-        self.stream = torch.cuda.Stream()
+        if self.stream is None:
+            self.stream = torch.cuda.Stream()
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             loss = self.step(batch)
@@ -143,8 +145,8 @@ def obstacle(trainer: Trainer, module: LightningModule) -> str | None:
         return "there are several ranks"
     if trainer.gradient_clip_val or trainer.accumulate_grad_batches > 1:
         return "the trainer clips or accumulates gradients"
-    if getattr(trainer.precision_plugin, "scaler", None) is not None:
-        return "its gradients are scaled"
+    if not all(map(module.looks_itself, trainer.optimizers)):
+        return "its optimiser cannot leave out an update itself: it is not fused, or its gradients are scaled"
     callbacks: list[Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
     for hook in HOOKS:
         for who, base in [(module, Updates), *((callback, Callback) for callback in callbacks)]:

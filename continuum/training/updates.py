@@ -121,7 +121,7 @@ class Updates(pl.LightningModule):
             raise
         # Those of float16 are scaled, and may overflow: their scaler looks at them.
         tally.judge(batch, loss, found, tally.gradients() if self.scaler is None else [])
-        if not self._looks_itself(optimizer.optimizer):
+        if not self.looks_itself(optimizer.optimizer):
             self.read()
         if updates:
             steps.increment_ready()
@@ -228,7 +228,7 @@ class Updates(pl.LightningModule):
         """What scales gradients of float16, and leaves out the updates that it spoils."""
         return getattr(self._trainer.precision_plugin, "scaler", None) if self._trainer is not None else None
 
-    def _looks_itself(self, optimizer: Optimizer) -> bool:
+    def looks_itself(self, optimizer: Optimizer) -> bool:
         """Whether the optimiser leaves out an update by `found_inf`."""
         return self.scaler is None and all(group.get("fused") for group in optimizer.param_groups)
 
