@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from continuum.training.images import LabelledImages, keyed_generator, uploaded
@@ -224,3 +224,13 @@ def normalised(images: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) ->
     """
     memory_format = torch.contiguous_format if images.shape[1] == 1 else torch.channels_last
     return torch.sub(images, mean).div_(std).to(dtype, memory_format=memory_format)
+
+
+def channels_last(module: nn.Module) -> None:
+    """Put the weights of convolutions in channels_last, as the images are, so that their gradients come as they are stored.
+
+    Those that are the same in memory either way, of 1x1 convolutions, keep their strides: see `normalised`.
+    """
+    for weight in module.parameters():
+        if weight.dim() == 4:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)

@@ -19,6 +19,7 @@ from continuum.models.checkpoint import KEY, CheckpointError, description, repla
 from continuum.models.failure import not_finite
 from continuum.noise.base import drops_branches, stochastic_fields
 from continuum.solvers import SolveError
+from continuum.training.batches import channels_last
 from continuum.training.callbacks import averaging
 from continuum.training.data import ImageData
 from continuum.training.endings import WholeFiles
@@ -118,6 +119,8 @@ class Classifier(Updates):
         strategy = self.trainer.strategy
         if type(strategy.checkpoint_io) is TorchCheckpointIO:
             strategy.checkpoint_io = WholeFiles()
+        if stage == "fit":  # before its optimiser has momenta
+            channels_last(self.network)
 
     # Training
 

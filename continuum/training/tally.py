@@ -30,15 +30,20 @@ class Tally:
         self.network, self.names, device = network, names, batch[0].device
         groups: dict[torch.dtype, list[Tensor]] = {}
         for buffer in network.buffers():
-            groups.setdefault(buffer.dtype, []).append(_flat(buffer))
+            words = _words(buffer)
+            groups.setdefault(words.dtype, []).append(words)
         self.groups = list(groups.values())
         self.saved = [torch.cat(group) for group in self.groups]
+        self.statistics = [buffer for buffer in network.buffers() if buffer.is_floating_point() and buffer.numel()]
         self.weights = [weight for weight in network.parameters() if weight.requires_grad]
         # The images and labels of the first broken step; those of each size stay where a captured step writes them.
         self.suspects: dict[torch.Size, Batch] = {}
         self.take(batch)
-        # Zero, and no number from the first broken step on; what the optimiser reads; the sums, and the good steps behind them.
+        # Zero, and no number from the first broken step on; whether it is none, and so for the optimiser.
         self.excess, self.found_inf = torch.zeros(2, dtype=torch.float32, device=device).unbind()
+        self.broken = torch.zeros_like(self.excess, dtype=torch.bool)
+        # The sums, and the good steps behind them.
+        self.one = torch.ones_like(self.excess)
         self.sums = torch.zeros(len(names) + 1, dtype=torch.promote_types(batch[0].dtype, torch.float32), device=device)
 
     def take(self, batch: Batch) -> None:
@@ -68,23 +73,17 @@ class Tally:
             found: a mean over the images for each of the names.
             gradients: those to look at.
         """
-        broken_before = self.found_inf != 0
         for kept, new in zip(self.suspect, batch, strict=True):
-            torch.where(broken_before, kept, new, out=kept)
-        fresh = [torch.cat(group) for group in self.groups]
-        numbers = [loss.detach(), *((0 * new).sum() for new in fresh if new.is_floating_point())]
-        if gradients:
-            numbers.append(get_total_norm(gradients, float("inf")))
-        self.excess.add_((0 * torch.stack(numbers)).sum())
+            torch.where(self.broken, kept, new, out=kept)
+        self.excess.add_(0 * get_total_norm([loss, *self.statistics, *gradients], float("inf")))
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self.excess)
-        broken = self.excess != 0
-        self.found_inf.copy_(broken)
-        for saved, group, new in zip(self.saved, self.groups, fresh, strict=True):
-            torch.where(broken, saved, new, out=saved)
+        torch.ne(self.excess, 0, out=self.broken)
+        self.found_inf.copy_(self.broken)
+        for saved, group in zip(self.saved, self.groups, strict=True):
+            torch.where(self.broken, saved, torch.cat(group), out=saved)
             self._write(saved, group)
-        row = torch.stack([*found, torch.ones_like(found[0])])
-        self.sums.add_(torch.where(broken, 0.0, row))
+        self.sums.add_(torch.stack([*found, self.one]).masked_fill_(self.broken, 0))
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -107,6 +106,7 @@ class Tally:
         torch._foreach_copy_(group, parts)  # pyright: ignore[reportPrivateImportUsage]
 
 
-def _flat(buffer: Tensor) -> Tensor:
-    """A view of a dense buffer with one axis."""
-    return buffer.as_strided((buffer.numel(),), (1,))
+def _words(buffer: Tensor) -> Tensor:
+    """A view of a dense buffer with one axis, as words of 32 bits where it consists of such: all types are copied as one."""
+    flat = buffer.as_strided((buffer.numel(),), (1,))
+    return flat if flat.element_size() % 4 else flat.view(torch.int32)

@@ -76,6 +76,19 @@ class Updates(pl.LightningModule):
     def on_fit_start(self) -> None:
         self.forget()
 
+    def on_train_start(self) -> None:
+        """Give momenta the strides of their weights: a fused update reads both as they lie in memory."""
+        for optimizer in self.trainer.optimizers:
+            for weight, state in optimizer.state.items():
+                for name, value in state.items():
+                    if isinstance(value, Tensor) and value.shape == weight.shape and value.stride() != weight.stride():
+                        state[name] = torch.empty_like(weight).copy_(value)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Have numbers of an earlier step logged once: Lightning would fetch them again after every step to come."""
+        for logged in self.trainer._results.result_metrics if self.trainer._results else ():
+            logged.has_reset = logged.has_reset or not logged.meta.on_epoch
+
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor] | None:
         """Forward pass, backward pass and update.
 
