@@ -142,7 +142,7 @@ def _unseen(bar: bool) -> Iterator[list[pl.Callback]]:
         return
     try:
         with open(os.devnull, "w") as nowhere:
-            yield [RichProgressBar(console_kwargs={"force_terminal": True, "file": nowhere})]
+            yield [RichProgressBar(10, console_kwargs={"force_terminal": True, "file": nowhere})]
     finally:
         rich.reconfigure()  # Lightning draws on rich's own console
 

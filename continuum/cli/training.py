@@ -147,7 +147,7 @@ def _ours(flags: Mapping[str, Any], given: Sequence[Callback]) -> list[Callback]
         ours += [ModelCheckpoint(filename="last", **shared)]
         ours += [ModelCheckpoint(filename="best", monitor="val/accuracy", mode="max", **shared)]
     if flags.get("enable_progress_bar") is not False and not flags.get("barebones") and not _any(ProgressBar, given):
-        ours += [RichProgressBar()]
+        ours += [RichProgressBar(refresh_rate=10)]
     return ours + [kind() for kind in (LogCost, WritePredictions, EndOnSignal) if not _any(kind, given)]
 
 
