@@ -3,13 +3,18 @@
     OMP_NUM_THREADS=1 python -m experiments.benchmarks.small --out experiments/benchmarks/results/small.json
 
 The field is 2-64-2 with a tanh, for 128 states and tolerances of 1e-5. Each library alternates with the bare loop alone; the
-ratio is the median over pairs of neighbours, of three rounds the median with the smallest and the largest.
+ratio is the median over pairs of neighbours, of three rounds the median with the smallest and the largest. diffrax, under
+jax.jit, is measured where it is installed. "Evaluations, one graph" are as many as a solve needs, compiled in a chain without
+any solver: no solver on torch can take less.
 """
 
 import argparse
+import copy
 import statistics
 import time
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +60,41 @@ def bare(field: Callable[[float, Tensor], Tensor], x: Tensor) -> Tensor:
     return x
 
 
-def seconds(solve: Callable[[Tensor], Tensor], x: Tensor, backward: bool) -> float:
+Pass = Callable[[bool], object]
+"""A solve, and its backward pass if asked for."""
+
+
+def by_torch(solve: Callable[[Tensor], Tensor], x: Tensor) -> Pass:
+    def run(backward: bool) -> None:
+        with torch.set_grad_enabled(backward):
+            end = solve(x)
+        if backward:
+            end.square().sum().backward()
+
+    return run
+
+
+def by_diffrax(net: nn.Sequential, x: Tensor) -> Pass:
+    """The same solve and gradient, each as one function that XLA compiles."""
+    jax, diffrax = import_module("jax"), import_module("diffrax")
+    numpy, y0 = jax.numpy, jax.numpy.asarray(x.numpy(force=True))
+    weights = [numpy.asarray(weight.numpy(force=True).T) for weight in net.parameters()]
+
+    def field(t: Any, y: Any, args: Any) -> Any:
+        return numpy.tanh(y @ args[0] + args[1]) @ args[2] + args[3]
+
+    def solve(args: Any, y: Any) -> Any:
+        norm = diffrax.PIDController(RTOL, ATOL, norm=lambda error: numpy.sqrt(numpy.mean(error**2)))
+        term, none = diffrax.ODETerm(field), None
+        return diffrax.diffeqsolve(term, diffrax.Dopri5(), 0.0, 1.0, none, y, args, stepsize_controller=norm).ys[0]
+
+    forward, both = jax.jit(solve), jax.jit(jax.grad(lambda args, y: (solve(args, y) ** 2).sum()))
+    return lambda backward: jax.block_until_ready((both if backward else forward)(weights, y0))
+
+
+def seconds(run: Pass, backward: bool) -> float:
     start = time.perf_counter()
-    with torch.set_grad_enabled(backward):
-        end = solve(x)
-    if backward:
-        end.square().sum().backward()
+    run(backward)
     return time.perf_counter() - start
 
 
@@ -75,24 +109,40 @@ def measured() -> dict[str, Any]:
     def loop(x: Tensor) -> Tensor:
         return bare(field, x)
 
+    def by_torchdiffeq(x: Tensor) -> Tensor:
+        return torchdiffeq.odeint(field, x, times, rtol=RTOL, atol=ATOL, method="dopri5")[-1]
+
     flow = Flow(Autonomous(net), Adaptive("dopri5", RTOL, ATOL), depth=1)
-    solves: dict[str, Callable[[Tensor], Tensor]] = {
-        "here": flow,
-        "torchdiffeq": lambda x: torchdiffeq.odeint(field, x, times, rtol=RTOL, atol=ATOL, method="dopri5")[-1],
-    }
     torch.testing.assert_close(flow(x), loop(x), rtol=1e-6, atol=1e-6)
-    found: dict[str, Any] = {"machine": machine(), "evaluations": flow.cost.evaluations if flow.cost else 0, "rows": []}
-    for name, solve in solves.items():
+    assert flow.cost is not None
+    evaluations = flow.cost.evaluations
+
+    def chain(x: Tensor) -> Tensor:
+        for _ in range(evaluations):
+            x = net(x)
+        return x
+
+    compiled = copy.deepcopy(flow)
+    compiled.compile()
+    solves = {"here": flow, "torchdiffeq": by_torchdiffeq, "here, compiled": compiled}
+    solves["evaluations, one graph"] = torch.compile(chain)
+    passes = {name: by_torch(solve, x) for name, solve in solves.items()}
+    if find_spec("diffrax"):
+        passes["diffrax, jit"] = by_diffrax(net, x)
+    base, rows = by_torch(loop, x), []
+    for name, run in passes.items():
         for backward in (False, True):
+            for _ in range(3):
+                run(backward)  # compiles
             rounds, times_of = [], ([], [])
             for _ in range(3):
-                pairs = [(seconds(solve, x, backward), seconds(loop, x, backward)) for _ in range(PAIRS)]
+                pairs = [(seconds(run, backward), seconds(base, backward)) for _ in range(PAIRS)]
                 rounds.append(statistics.median(a / b for a, b in pairs))
                 for values, of in zip(times_of, zip(*pairs, strict=True), strict=True):
                     values += of
             ms = [round(1e3 * statistics.median(values), 2) for values in times_of]
-            found["rows"].append({"solve": name, "backward": backward, "ratios": sorted(rounds), "ms": ms})
-    return found
+            rows.append({"solve": name, "backward": backward, "ratios": sorted(rounds), "ms": ms})
+    return {"machine": machine(), "evaluations": evaluations, "rows": rows}
 
 
 def report(content: dict[str, Any]) -> str:
