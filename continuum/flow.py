@@ -296,12 +296,20 @@ class Flow(nn.Module):
         """A flow of the same field, sharing its weights, under another solver."""
         return self._like(self.field, solver)
 
+    def with_field(self, field: Field) -> "Flow":
+        """A flow of another field, under the same solver up to the same depth."""
+        return self._new(field, self.solver, self.depth)
+
     def _like(self, field: Field, solver: Solver | str) -> "Flow":
         """The flow of another field or solver, with the depth and the mode of this one."""
         # A regulariser may have moved the end for a while, to where the field is not made for.
-        flow = Flow(field, solver, self.end if field.extent is None or isinstance(self.end, Tensor) else field.extent)
+        flow = self._new(field, solver, self.end if field.extent is None or isinstance(self.end, Tensor) else field.extent)
         flow.end, flow.refined = self.end, self.refined
-        return in_mode_of(self, flow)
+        return flow
+
+    def _new(self, field: Field, solver: Solver | str, depth: float | Tensor) -> "Flow":
+        """A flow in the place of this one, in its mode."""
+        return in_mode_of(self, Flow(field, solver, depth))
 
     def drift(self) -> "Flow":
         """The flow of the drift, the field without its noise: deterministic, with the same weights, and open to every solver.
@@ -333,9 +341,9 @@ class Flow(nn.Module):
         with evaluating(self):
             self._solve(x, (0.0, self.depth), (0.0, self.depth))
         grid = cast(Cost, self.cost).grid
-        flow = Flow(self.field, self.solver.frozen(grid), grid[-1])
+        flow = self._new(self.field, self.solver.frozen(grid), grid[-1])
         flow.refined = self.refined
-        return in_mode_of(self, flow)
+        return flow
 
     def refine(self, k: int) -> "Flow":
         """The flow with k steps in the place of one, for training to go on at a finer level (arXiv 1710.10348).
@@ -356,12 +364,12 @@ class Flow(nn.Module):
         solver = self.solver.refined(k)
         divided = self.field.divided(k)
         if divided is not None:
-            flow = Flow(divided, self.solver, _copied(self.end, k))
+            flow = self._new(divided, self.solver, _copied(self.end, k))
             flow.refined = k * self.refined
         else:
-            flow = Flow(copy.deepcopy(self.field), solver, _copied(self.end, 1))
+            flow = self._new(copy.deepcopy(self.field), solver, _copied(self.end, 1))
             flow.refined = self.refined
-        return in_mode_of(self, flow)
+        return flow
 
     def extra_repr(self) -> str:
         return f"solver={self.solver}, depth={self.depth:g}"

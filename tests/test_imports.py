@@ -27,7 +27,7 @@ DOORS = {
     "torchdiffeq": ("solvers/", "bench/"),
     "torchsde": ("solvers/",),
     "torchode": ("solvers/", "bench/"),
-    "torchvision": ("convert.py", "training/sets.py"),
+    "torchvision": ("convert/published.py", "training/sets.py"),
     "pytorch_lightning": ("training/", "bench/", "cli/"),
     "lightning": (),
     "matplotlib": ("analysis/plots.py", "bench/plots.py"),

@@ -14,6 +14,7 @@ from continuum.analysis.compare import paired
 from continuum.analysis.stochastic import SDE, CoupledPath, forked_devices, mean_of, run_coupled
 from continuum.flow import Flow
 from continuum.models import Network
+from continuum.models.flows import with_flows
 from continuum.noise import Law, noise_only
 from continuum.noise.base import has_noise, noise_of
 from continuum.schemes import EulerMaruyama, StochasticScheme
@@ -118,7 +119,7 @@ def weak_report(
     if wrong := [flow.depth for flow in network.flows if has_noise(flow) and flow.depth != round(flow.depth)]:
         raise ValueError(f"one step a layer needs flows of whole depths, not {wrong[0]:g}")
     # One step a layer, whatever the network's own solver: what it evaluates is then comparable.
-    network = network._with_flows(lambda flow: flow.with_solver(FixedStep(_own(flow))) if has_noise(flow) else flow)
+    network = with_flows(network, lambda flow: flow.with_solver(FixedStep(_own(flow))) if has_noise(flow) else flow)
     generator = torch.Generator(images.device).manual_seed(seed)
     with torch.random.fork_rng(devices=forked_devices(images)), evaluating(network), noise_only(network):
         layers = _layers(network, images.dtype, seed)

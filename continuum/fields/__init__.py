@@ -16,6 +16,7 @@ from continuum.fields.branches import (
 from continuum.fields.coupled import Antisymmetric, Coupled, DoubleLayer, Hamiltonian, SecondOrder
 from continuum.fields.fractal import TwoColumns
 from continuum.fields.momentum import Momentum
+from continuum.fields.split import Split
 
 __all__ = [
     "MLP",
@@ -37,6 +38,7 @@ __all__ = [
     "Scaled",
     "SecondOrder",
     "ShakeBranch",
+    "Split",
     "SqueezeExcite",
     "Sum",
     "TwoColumns",

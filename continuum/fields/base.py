@@ -109,6 +109,10 @@ class Field(nn.Module, ABC):
         """f1, f2 and k of a field k f1 + f2 whose f2 sees the state that f1 has moved, within a step of `Fractal`."""
         return None
 
+    def parts(self) -> Sequence["Field"]:
+        """f1, f2, ... of a field that is their sum, in the order in which splitting schemes step them."""
+        return ()
+
     def innermost(self) -> "Field":
         """The part that each evaluation of the field calls once, whichever scheme it is by."""
         return self

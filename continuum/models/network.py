@@ -1,6 +1,5 @@
 """A network: head(stages(stem(images))), where a stage is a flow or a transition between two of them."""
 
-import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -11,15 +10,12 @@ from typing import ParamSpec, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from continuum.bases import named_basis
-from continuum.fields.base import in_mode_of
 from continuum.flow import Flow
 from continuum.integral import Integrand
-from continuum.models.parts import NoisyTransition
-from continuum.noise.base import has_noise, noise_only
+from continuum.models.flows import compile_parts, drift, flows, frozen, named_flows, project, refine, sample, with_solver
+from continuum.noise.base import has_noise
 from continuum.solvers import SolveError, Solver
 from continuum.solvers.base import evaluating, restored_on_error
-from continuum.solvers.compiled import compile_whole
 from continuum.types import Images, Logits, State
 
 P = ParamSpec("P")
@@ -60,12 +56,12 @@ class Network(nn.Module):
 
     @property
     def flows(self) -> list[Flow]:
-        return list(self.named_flows.values())
+        return flows(self)
 
     @property
     def named_flows(self) -> dict[str, Flow]:
         """The flows by their names in the network."""
-        return {f"stages.{index}": stage for index, stage in enumerate(self.stages) if isinstance(stage, Flow)}
+        return named_flows(self)
 
     @property
     def solver(self) -> Solver:
@@ -80,116 +76,39 @@ class Network(nn.Module):
         return solvers.pop()
 
     def with_solver(self, solver: Solver | str) -> "Network":
-        """The network with the same modules, hence the same weights, and all its flows under `solver`.
-
-        Raises:
-            TypeError: there is no flow, or the solver cannot solve one.
-        """
-        if not self.flows:
-            raise TypeError("this network has no flow, so there is nothing to choose a solver for")
-        return self._with_flows(lambda flow: flow.with_solver(solver))
-
-    def _with_flows(self, other: Callable[[Flow], Flow]) -> "Network":
-        """The network with the same modules, but another flow in the place of each."""
-        return self._with_stages([other(stage) if isinstance(stage, Flow) else stage for stage in self.stages])
-
-    def _with_stages(self, stages: Sequence[nn.Module]) -> "Network":
-        network = in_mode_of(self, Network(self.stem, stages, self.head))
-        network.blueprint = self.blueprint
-        return network
+        """The network with the same modules, hence the same weights, and all its flows under `solver`; see `flows`."""
+        return with_solver(self, solver)
 
     def refine(self, k: int) -> "Network":
-        """A deeper copy for multi-level training (arXiv 1710.10348): each flow with k steps in the place of one.
-
-        See `Flow.refine`. To the order of its scheme the refined network computes the same, and goes on learning with more
-        layers, or smaller steps. Nothing is shared: training one leaves the other alone.
-
-        Raises:
-            ValueError: k is no integer of at least 2, or a flow's steps cannot be refined.
-            TypeError: there is no flow.
-        """
-        return self._changed(lambda flow: flow.refine(k), ("refine", k))
+        """A deeper copy for multi-level training (arXiv 1710.10348), with k steps in the place of one; see `flows.refine`."""
+        return refine(self, k)._after("refine", k)
 
     def project(self, name: str, size: int) -> "Network":
-        """A copy whose weights are expanded on the basis `name` with `size` functions over the depth of each flow.
-
-        The nearest such weights, without data; see `PiecewiseConstant.project` and `Expansion.project`. Nothing is shared.
-
-        Raises:
-            TypeError: a field that is neither, or BatchNorm on a basis other than "hat".
-            ValueError: no such basis, or layers that one field cannot replace.
-        """
-        return self._changed(lambda flow: _projected(flow, name, size), ("project", name, size))
-
-    def _changed(self, other: Callable[[Flow], Flow], change: tuple[object, ...]) -> "Network":
-        """A deep copy with another flow in the place of each, whose blueprint records the change."""
-        if not self.flows:
-            raise TypeError(f"this network has no flow to {change[0]}")
-        network = copy.deepcopy(self)
-        for name, flow in network.named_flows.items():
-            try:
-                network.set_submodule(name, other(flow))
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"flow {name}: {error}") from None
-        if self.blueprint is not None:
-            network.blueprint = replace(self.blueprint, changes=(*self.blueprint.changes, change))
-        return network
+        """A copy whose weights are expanded on the basis `name` with `size` functions; see `flows.project`."""
+        return project(self, name, size)._after("project", name, size)
 
     def drift(self) -> "Network":
-        """The deterministic network with the same weights: every flow and transition without its noise, as in evaluation mode.
+        """The deterministic network with the same weights; see `flows.drift`."""
+        return drift(self)._after("drift")
 
-        Its flows are open to every solver. In training mode too it draws nothing. The modules are shared: eval() and train()
-        of one are those of the other.
-
-        Raises:
-            TypeError: this network has no noise, or has some outside flows and `NoisyTransition`s.
-        """
-        self._check_noise()
-        network = self._with_stages([_without_noise(stage) for stage in self.stages])
+    def _after(self, *change: object) -> "Network":
+        """This network, whose blueprint records the change."""
         if self.blueprint is not None:
-            network.blueprint = replace(self.blueprint, changes=(*self.blueprint.changes, ("drift",)))
-        if network.stochastic:
-            raise TypeError("a part of this network has noise of its own: only flows and NoisyTransitions lose theirs")
-        return network
+            self.blueprint = replace(self.blueprint, changes=(*self.blueprint.changes, change))
+        return self
 
-    @torch.no_grad()
     def sample(self, x: Images, n: int) -> Tensor:
-        """n sampled predictions, logits of shape (n, batch, classes): the noise acts, everything else is as in evaluation mode.
-
-        The spread of their probabilities over n says how sure the network is. Drawn from torch's global generator.
-
-        Raises:
-            TypeError: this network has no noise.
-            ValueError: n is not positive.
-        """
-        self._check_noise()
-        if n < 1:
-            raise ValueError(f"n is the number of samples, at least 1, not {n}")
-        with evaluating(self), noise_only(self):
-            return torch.stack([self(x) for _ in range(n)])
+        """n sampled predictions, logits of shape (n, batch, classes); see `flows.sample`."""
+        return sample(self, x, n)
 
     @property
     def stochastic(self) -> bool:
         """Whether a field of this network has noise."""
         return has_noise(self)
 
-    def _check_noise(self) -> None:
-        if not self.stochastic:
-            raise TypeError("this network has no noise: no field in it is a StochasticField")
-
-    @torch.no_grad()
     def frozen(self, images: Images) -> "Network":
-        """The network with the same weights, whose flows repeat the steps that their adaptive solvers accept on `images`.
-
-        See `Flow.frozen`. Flows with fixed steps stay as they are.
-
-        Raises:
-            TypeError: no flow has an adaptive solver, or one goes through SciPy.
-        """
-        if not any(flow.solver.adaptive for flow in self.flows):
-            raise TypeError("no flow of this network has an adaptive solver whose steps could be frozen")
-        states = self.entering(images)
-        return self._with_flows(lambda flow: flow.frozen(states[flow][0]) if flow.solver.adaptive else flow)
+        """The network whose flows repeat the steps that adaptive solvers accept on `images`; see `flows.frozen`."""
+        return frozen(self, images)
 
     @torch.no_grad()
     def entering(self, images: Images) -> dict[Flow, tuple[State, State | None]]:
@@ -210,11 +129,7 @@ class Network(nn.Module):
         One graph if all flows have fixed steps that can be traced, otherwise part by part; see `Flow.compile`. Networks made
         from this one, by `with_solver` or `refine`, are compiled anew.
         """
-        if all(flow.solver.one_graph for flow in self.flows):
-            compile_whole(self)
-        else:
-            for part in (self.stem, *self.stages, self.head):
-                part.compile() if isinstance(part, Flow) else compile_whole(part)
+        compile_parts(self)
 
     def forward(self, images: Images) -> Logits:
         return self._through(images, _end)
@@ -278,16 +193,6 @@ class Network(nn.Module):
 
 def _end(flow: Flow, x: State, previous: State | None) -> State:
     return flow(x, previous)
-
-
-def _without_noise(stage: nn.Module) -> nn.Module:
-    return stage.drift() if isinstance(stage, Flow | NoisyTransition) else stage
-
-
-def _projected(flow: Flow, name: str, size: int) -> Flow:
-    if has_noise(flow):
-        raise TypeError("layers with noise have a law each, which no basis can hold: put the noise around an Expansion instead")
-    return in_mode_of(flow, Flow(flow.field.project(named_basis(name, size, flow.depth)), flow.solver, flow.depth))
 
 
 def builder(build: Callable[P, Network]) -> Callable[P, Network]:

@@ -1,10 +1,11 @@
-"""One step: Runge-Kutta, linear multistep, truncated implicit, reversible and stochastic schemes."""
+"""One step: Runge-Kutta, linear multistep, truncated implicit, reversible, splitting and stochastic schemes."""
 
 from continuum.schemes.base import Memory, ReversibleScheme, Scheme
 from continuum.schemes.implicit import NeumannSeries
 from continuum.schemes.multistep import AdamsBashforth, LinearTwoStep, TwoStepMidpoint
 from continuum.schemes.reversible import Coupling, Leapfrog, Verlet
 from continuum.schemes.runge_kutta import RK4, Euler, Fractal, Heun, Kutta3, Midpoint, RungeKutta, Tableau
+from continuum.schemes.splitting import LieTrotter, Splitting, Strang
 from continuum.schemes.stochastic import EulerMaruyama, Milstein, StochasticScheme, StochasticTwoStep
 
 SCHEMES: tuple[Scheme, ...] = (
@@ -21,6 +22,8 @@ SCHEMES: tuple[Scheme, ...] = (
     Coupling(),
     Leapfrog(),
     Verlet(),
+    LieTrotter(),
+    Strang(),
     EulerMaruyama(),
     Milstein(),
     StochasticTwoStep(),
@@ -38,6 +41,7 @@ __all__ = [
     "Heun",
     "Kutta3",
     "Leapfrog",
+    "LieTrotter",
     "LinearTwoStep",
     "Memory",
     "Midpoint",
@@ -46,8 +50,10 @@ __all__ = [
     "ReversibleScheme",
     "RungeKutta",
     "Scheme",
+    "Splitting",
     "StochasticScheme",
     "StochasticTwoStep",
+    "Strang",
     "Tableau",
     "TwoStepMidpoint",
     "Verlet",

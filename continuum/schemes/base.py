@@ -30,7 +30,7 @@ class Scheme(ABC):
 
     `order` is the order of its global error on smooth fields, `stages` the number of field evaluations of a step,
     `variable_steps` whether neighbouring steps may differ in size, `remembers` whether a state before the first changes what it
-    does, `one_graph` whether torch.compile can follow a step.
+    does, `takes_noise` whether it steps fields with noise, `one_graph` whether torch.compile can follow a step.
 
     What it is in numbers, for those who analyse it, is its `tableau`, the coefficients `series` of a step R(h rate) x for
     linear fields only, or `multistep`; a scheme that says none of them is left out there.
@@ -40,6 +40,7 @@ class Scheme(ABC):
     stages: int
     variable_steps: bool = True
     remembers: bool = False
+    takes_noise: bool = False
     one_graph: bool = True
     tableau: "Tableau | None" = None
     series: tuple[int, ...] | None = None

@@ -28,6 +28,7 @@ class StochasticScheme(Scheme):
 
     order = 1
     stages = 1
+    takes_noise = True
 
     def check(self, field: Field) -> None:
         """Raise TypeError unless the layers of `field` are what this scheme can step, and one of them has noise."""

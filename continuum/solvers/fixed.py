@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from continuum.fields import Field
-from continuum.schemes import Memory, ReversibleScheme, Scheme, StochasticScheme
+from continuum.noise.base import has_noise
+from continuum.schemes import Memory, ReversibleScheme, Scheme
 from continuum.schemes.base import inside
 from continuum.solvers.arithmetic import combined
 from continuum.solvers.base import (
@@ -101,7 +102,7 @@ class FixedStep(Solver):
         return f"{name}{',' if ':' in name else ':'}{option}{gradient}{every}"
 
     def check(self, field: Field) -> None:
-        if not isinstance(self.scheme, StochasticScheme):
+        if not self.scheme.takes_noise:
             refuse_noise(field, self)
         self.scheme.check(field)
         if self.gradient == "reversible" and isinstance(self.scheme, ReversibleScheme):
@@ -187,7 +188,7 @@ class FixedStep(Solver):
         steps = self.steps(times[0], times[-1])
         places = [self._place(t, times[0], steps) for t in times]
         between = [place for place in places if not isinstance(place, int)]
-        if between and (exact or isinstance(self.scheme, StochasticScheme)):
+        if between and (exact or has_noise(field)):
             for start, stop in pairwise(times):
                 self.steps(start, stop)  # says which time is off the grid
         memory = self.scheme.begin(field, x, previous, steps)

@@ -62,9 +62,18 @@ def _options(kind: type, *named: str) -> dict[str, Callable[[str], Any]]:
 def _reader(hint: Any) -> Callable[[str], Any]:
     kinds = [part for part in get_args(hint) if part is not type(None)] if get_origin(hint) is not Literal else [str]
     kind = kinds[0] if kinds and get_origin(hint) is not tuple else hint
+    if isinstance(kind, type) and issubclass(kind, Scheme):
+        return _scheme
     if get_origin(kind) is tuple:
         return lambda text: tuple(float(depth) for depth in text.split("/"))
     return str if get_origin(kind) is Literal else kind
+
+
+def _scheme(name: str) -> Scheme:
+    """A scheme inside another, by its name alone."""
+    if name not in NAMES:
+        raise ValueError(f"unknown scheme {name!r}; known: {', '.join(NAMES)}")
+    return NAMES[name]()
 
 
 def _option(text: str, part: str) -> tuple[str, str]:

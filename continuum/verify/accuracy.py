@@ -9,7 +9,7 @@ import torch
 from continuum import schemes
 from continuum.analysis.convergence import order
 from continuum.analysis.stochastic import limit_moment, linear_moment
-from continuum.fields import Autonomous, Coupled, Field, Function, Momentum, PreActivation, TwoColumns
+from continuum.fields import Autonomous, Coupled, Field, Function, Momentum, PreActivation, Split, TwoColumns
 from continuum.flow import Flow
 from continuum.noise import StochasticDepth
 from continuum.schemes import (
@@ -18,19 +18,23 @@ from continuum.schemes import (
     EulerMaruyama,
     Fractal,
     Leapfrog,
+    LieTrotter,
     LinearTwoStep,
+    Midpoint,
     NeumannSeries,
     ReversibleScheme,
     Scheme,
     StochasticScheme,
     StochasticTwoStep,
+    Strang,
     TwoStepMidpoint,
     Verlet,
 )
 from continuum.solvers import FixedStep
+from continuum.types import State
 from continuum.weights import PiecewiseConstant
 
-VARIANTS = (AdamsBashforth(3), AdamsBashforth(4), NeumannSeries(3), EulerMaruyama("brownian"))
+VARIANTS = (AdamsBashforth(3), AdamsBashforth(4), NeumannSeries(3), EulerMaruyama("brownian"), Strang(Midpoint()))
 SCHEMES: tuple[Scheme, ...] = (*schemes.SCHEMES, *VARIANTS)
 REVERSIBLE = [scheme for scheme in schemes.SCHEMES if isinstance(scheme, ReversibleScheme)]
 
@@ -55,14 +59,26 @@ SEASONS = Function(lambda t, x: torch.cos(t) * x * (1 - x))
 PENDULUM = Coupled(Function(lambda t, v: v), Function(lambda t, q: 0.3 * torch.cos(t) - torch.sin(q)))
 """A driven pendulum, whose solution is the one of an adaptive method of order eight."""
 
+HALVES = Split(
+    Function(lambda t, x: _half(0, x.chunk(2, 1)[1])), Function(lambda t, x: _half(1, PENDULUM(t, x).chunk(2, 1)[1]))
+)
+"""The same pendulum as the sum of what moves its place and what moves its speed."""
+
 SUITED: dict[Scheme, Field] = {
     **dict.fromkeys((Coupling(), Leapfrog(), Verlet()), PENDULUM),
+    **dict.fromkeys((LieTrotter(), Strang(), Strang(Midpoint())), HALVES),
     LinearTwoStep(): Momentum(SEASONS.scaled(0.75), k=-0.25).double(),
     StochasticTwoStep(): Momentum(StochasticDepth(SEASONS.scaled(0.75), 0.5, "rescaled"), k=-0.25).double().eval(),
     # f = f1 / 2 + f2, but not with the coefficients of a method of order two.
     Fractal(): TwoColumns(SEASONS.scaled(0.4), SEASONS.scaled(0.8)),
 }
 """The equation in the form that a scheme can step, where that is not `SEASONS` as it is."""
+
+
+def _half(index: int, slope: State) -> State:
+    """The slope of one half of the state, the other at rest."""
+    rest = torch.zeros_like(slope)
+    return torch.cat([slope, rest] if index == 0 else [rest, slope], dim=1)
 
 
 @torch.no_grad()
@@ -81,7 +97,7 @@ def scheme_orders(schemes: Sequence[Scheme] = SCHEMES) -> Iterator[Order]:
             yield Order(scheme, order((128, 256), [moment - limit_moment(half, [1.0], power=2) for moment in moments]))
             continue
         field = SUITED.get(scheme, SEASONS)
-        solution = swing if field is PENDULUM else season
+        solution = swing if field in (PENDULUM, HALVES) else season
         errors = [float((Flow(field, FixedStep(scheme, h=1 / m), 2)(START) - solution).norm()) for m in (128, 256)]
         yield Order(scheme, math.log2(errors[0] / errors[1]))
 
