@@ -113,10 +113,10 @@ def survey(model: nn.Module, blocks: Blocks | None = None) -> Survey:
 def continuous(model: M, blocks: Blocks | None = None) -> M:
     """A copy of a model in which every run of residual blocks is one flow of piecewise-constant weights.
 
-    The copy is not compiled. A run is what follows each other without a gap in a `Sequential` or `ModuleList`. Its flow stands in the place of the first
+    A run is what follows each other without a gap in a `Sequential` or `ModuleList`. Its flow stands in the place of the first
     block, and passes stand in the places of the others; all else stays as it is, where it is. Under the solver that the flows
     come with, Euler or Lie-Trotter with h = 1, outputs, gradients and buffers are those of the model, to the bit, in both
-    modes. `survey` says what is found and what is left.
+    modes. `survey` says what is found and what is left. The copy is not compiled.
 
     >>> import torch
     >>> from torchvision.models import VisionTransformer
