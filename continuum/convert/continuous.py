@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from torch import Tensor, nn
 
-from continuum.convert.blocks import Difference, field_of
+from continuum.convert.blocks import Difference
+from continuum.convert.families import field_of
 from continuum.fields import Field
 from continuum.fields.base import in_mode_of
 from continuum.flow import Flow

@@ -80,6 +80,39 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], list[int]]] = {
 }
 
 
+def timm_families() -> dict[str, tuple[Callable[[], nn.Module], list[int]]]:
+    """Those of timm, where it is installed."""
+    try:
+        from timm.layers import BatchNormAct2d
+        from timm.models import convnext, deit, resnet, resnetv2, swin_transformer, swin_transformer_v2
+        from timm.models import vision_transformer as vit
+    except ImportError:
+        return {}
+    sizes = {"img_size": 32, "num_classes": 5, "drop_path_rate": 0.5}
+    tokens = {**sizes, "patch_size": 8, "embed_dim": 8, "depth": 3, "num_heads": 2, "init_values": 0.5}
+    windows = {**sizes, "patch_size": 2, "embed_dim": 8, "depths": (2, 2), "num_heads": (1, 2), "window_size": 4}
+    layers = {"layers": [2, 1, 1, 2], "num_classes": 5, "drop_path_rate": 0.5}
+    kinds = ("Block", "ResPostBlock", "ParallelScalingBlock", "ParallelThingsBlock")
+    transformers = {f"timm ViT, {k}": (partial(vit.VisionTransformer, **tokens, block_fn=getattr(vit, k)), [3]) for k in kinds}
+    v2 = partial(resnetv2.ResNetV2, **layers, channels=(16, 16, 32, 32), stem_chs=8, norm_layer=BatchNormAct2d)
+    stages = {"depths": (1, 2, 1, 1), "dims": (8, 16, 16, 16), "num_classes": 5, "drop_path_rate": 0.5, "ls_init_value": 0.5}
+    return {
+        **transformers,
+        "timm DeiT": (partial(deit.VisionTransformerDistilled, **tokens), [3]),
+        "timm ConvNeXt": (partial(convnext.ConvNeXt, **stages), [1, 2, 1, 1]),
+        "timm Swin": (partial(swin_transformer.SwinTransformer, **windows), [2, 2]),
+        "timm Swin v2": (partial(swin_transformer_v2.SwinTransformerV2, **windows), [2, 2]),
+        "timm ResNet": (partial(resnet.ResNet, resnet.BasicBlock, **layers), [2, 1]),
+        "timm ResNet, bottlenecks": (partial(resnet.ResNet, resnet.Bottleneck, **layers), [1, 1]),
+        "timm ResNetV2": (v2, [1, 1]),
+        "timm ResNetV2, basic": (partial(v2, basic=True), [1, 1]),
+        "timm ResNetV2, post-activation": (partial(v2, preact=False), [1, 1]),
+    }
+
+
+FAMILIES |= timm_families()
+
+
 def made(name: str) -> nn.Module:
     torch.manual_seed(0)
     model = FAMILIES[name][0]()
