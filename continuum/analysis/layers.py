@@ -6,7 +6,7 @@ A layer that is a step of an equation moves them little, and the less the smalle
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from continuum.flow import Flow
 from continuum.models.flows import named_flows, replaced
-from continuum.solvers import FixedStep
 from continuum.solvers.base import evaluating
 
 Measure = Callable[[Tensor], float]
@@ -56,7 +55,7 @@ def layer_map(model: nn.Module, *inputs: Any, m: int = 2, measure: Measure | Non
 
     Raises:
         TypeError: a flow that takes other steps, or no flow.
-        ValueError: m is less than 2.
+        ValueError: m is less than 2, or a scheme needs equal steps.
     """
     if m < 2:
         raise ValueError(f"m is how many steps a layer takes in the place of one, at least 2, not {m}")
@@ -87,17 +86,15 @@ def logits_of(outputs: Any) -> Tensor:
 
 
 def _check(name: str, flow: Flow) -> None:
-    solver = flow.solver
-    if not (isinstance(solver, FixedStep) and solver.grid is None and solver.h == 1 and solver.scheme.variable_steps):
+    if flow.solver.steps(0.0, flow.depth) != [(float(k), 1.0) for k in range(round(flow.depth))]:
         raise TypeError(
-            f"flow {name} is solved by {solver}: layers are looked at where each is one step of its own, as under euler or "
+            f"flow {name} is solved by {flow.solver}: layers are looked at where each is one step of its own, as under euler or "
             "lie_trotter with h = 1"
         )
 
 
 def _finer(model: nn.Module, flow: Flow, layer: int, m: int) -> nn.Module:
     """The model, in which one layer of a flow takes m steps."""
-    assert isinstance(flow.solver, FixedStep)
     before, after = (float(k) for k in range(layer)), (float(k) for k in range(layer + 1, round(flow.depth) + 1))
-    solver = replace(flow.solver, grid=(*before, *(layer + i / m for i in range(m)), *after))
+    solver = flow.solver.over((*before, *(layer + i / m for i in range(m)), *after))
     return replaced(model, lambda module: flow.with_solver(solver) if module is flow else None)

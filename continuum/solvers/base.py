@@ -115,6 +115,15 @@ class Solver(ABC):
         """
         return self
 
+    def over(self, grid: tuple[float, ...]) -> "Solver":
+        """The solver with the same fixed steps, but over the depths of `grid`.
+
+        Raises:
+            TypeError: the steps are not fixed.
+            ValueError: the method needs equal steps.
+        """
+        raise TypeError(f"{self} chooses its steps itself: only fixed ones can be laid over a grid")
+
     def frozen(self, grid: tuple[float, ...]) -> "Solver":
         """The solver of the same method with fixed steps over `grid`, which an adaptive solve has accepted.
 

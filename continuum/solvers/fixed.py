@@ -122,6 +122,9 @@ class FixedStep(Solver):
     def direct(self) -> Solver:
         return replace(self, gradient="direct", every=1)
 
+    def over(self, grid: tuple[float, ...]) -> Solver:
+        return replace(self, h=1, grid=grid)
+
     def refined(self, k: int) -> Solver:
         if self.grid is not None:
             raise ValueError(
