@@ -88,8 +88,8 @@ def logits_of(outputs: Any) -> Tensor:
 def _check(name: str, flow: Flow) -> None:
     if flow.solver.steps(0.0, flow.depth) != [(float(k), 1.0) for k in range(round(flow.depth))]:
         raise TypeError(
-            f"flow {name} is solved by {flow.solver}: layers are looked at where each is one step of its own, as under euler or "
-            "lie_trotter with h = 1"
+            f"flow {name} is solved by {flow.solver}: layers are looked at where each is one step of its own, as under "
+            "euler or lie_trotter with h = 1"
         )
 
 

@@ -1,7 +1,6 @@
 """The map of layers: a layer in several steps, all others as they are."""
 
 import pytest
-import torch
 from problems import states, tanh_layers
 from torch import nn
 
