@@ -1,6 +1,6 @@
 """Networks that exist already, made continuous, and back."""
 
-from continuum.convert.continuous import Difference, Run, Survey, continuous, discrete, survey
+from continuum.convert.continuous import Difference, Run, Survey, continuous, discrete, survey, with_noise
 from continuum.convert.published import from_checkpoint, from_torchvision, to_checkpoint, to_torchvision
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "survey",
     "to_checkpoint",
     "to_torchvision",
+    "with_noise",
 ]

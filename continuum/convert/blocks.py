@@ -4,16 +4,43 @@ A field keeps the block whole and calls what lies between its sums.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
 from continuum.fields import Field, PostActivation, Split
 from continuum.fields.base import in_mode_of
+from continuum.noise import StochasticDepth
 from continuum.types import State, Time
 
 Function: TypeAlias = Callable[..., Tensor]
 """f of (block, x, *context), where `context` are the further arguments of the block's own forward, in their order."""
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A function behind which a path may be dropped: the module `drop` of the block acts on its result.
+
+    Stochastic depth by image, divided by the probability that the path survives: eta f / p, as torchvision's `StochasticDepth`
+    and timm's `DropPath` compute it.
+    """
+
+    function: Function
+    drop: str
+
+    def __call__(self, block: nn.Module, x: Tensor, *context: Any) -> Tensor:
+        return getattr(block, self.drop)(self.function(block, x, *context))
+
+    @property
+    def __name__(self) -> str:
+        return self.function.__name__
+
+    def survival(self, block: nn.Module) -> float:
+        """p; 1 where the module is an identity, or of an unknown kind."""
+        drop = getattr(block, self.drop)
+        by_image = getattr(drop, "mode", "row") == "row" and getattr(drop, "scale_by_keep", True)
+        return 1.0 - getattr(drop, "p", getattr(drop, "drop_prob", 0.0)) if by_image else 1.0
 
 
 class Residual(Field):
@@ -51,6 +78,18 @@ class Residual(Field):
 
     def held(self, t: float) -> Field:
         return self
+
+    def with_noise(self) -> Field:
+        """The field whose dropped paths are noise: random coefficients eta / p of its branches."""
+        if self.summands:
+            parts = [part.with_noise() for part in self.summands]
+            noisy = any(part is not summand for part, summand in zip(parts, self.summands, strict=True))
+            return in_mode_of(self, Split(*parts)) if noisy else self
+        (function,) = self.functions
+        if not isinstance(function, Dropped) or (survival := function.survival(self.block)) == 1:
+            return self
+        inner = in_mode_of(self, Residual(self.block, function.function))
+        return in_mode_of(self, StochasticDepth(inner, survival, "rescaled", per="image"))
 
     def extra_repr(self) -> str:
         return ", ".join(function.__name__.strip("_") for function in self.functions)

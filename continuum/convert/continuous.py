@@ -11,11 +11,12 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from torch import Tensor, nn
 
-from continuum.convert.blocks import Difference
+from continuum.convert.blocks import Difference, Residual
 from continuum.convert.families import field_of
 from continuum.fields import Field
 from continuum.fields.base import in_mode_of
 from continuum.flow import Flow
+from continuum.models.flows import with_flows
 from continuum.noise.base import has_noise
 from continuum.schemes import Euler, EulerMaruyama, LieTrotter
 from continuum.solvers import FixedStep, Solver
@@ -194,6 +195,36 @@ def discrete(model: M) -> M:
     return model
 
 
+def with_noise(model: M) -> M:
+    """The model whose dropped paths are noise: stochastic depth by image, as random coefficients of its blocks.
+
+    With h = 1 and their own law the coefficients are those of the model, draw for draw, if nothing else in a flow draws. With
+    Brownian increments they are its stochastic differential equation; `models.flows.drift` is the equation without noise, and
+    `models.flows.sample` draws predictions. Weights are shared with `model`. Networks with the ReLU behind the sum, which a
+    dropped path does not scale, keep their own dropping.
+
+    >>> from torchvision.models import convnext_tiny
+    >>> import torch
+    >>> from continuum.models.flows import flows
+    >>> with torch.device("meta"):
+    ...     noisy = with_noise(continuous(convnext_tiny()))
+    >>> [str(flow.solver) for flow in flows(noisy)][:2]
+    ['euler_maruyama:increments=own,h=1', 'euler_maruyama:increments=own,h=1']
+
+    Raises:
+        TypeError: no flow that `continuous` made drops a path.
+    """
+
+    def noisy(flow: Flow) -> Flow:
+        field = flow.field.mapped(lambda layer: layer.with_noise() if isinstance(layer, Residual) else layer)
+        return flow._new(field, _solver_of(field.pieces()[-1]), flow.depth) if has_noise(field) else flow
+
+    found = with_flows(model, noisy)
+    if not has_noise(found):
+        raise TypeError(f"no flow of this {type(model).__name__} drops a path of its blocks")
+    return found
+
+
 def _runs(module: nn.Module, name: str, blocks: Blocks, left: dict[str, int], seen: set[int]) -> Iterator[Found]:
     """The runs in a module, outermost first; blocks of a run are not looked into."""
     if id(module) in seen:
@@ -246,4 +277,4 @@ def _kinds(blocks: Sequence[nn.Module]) -> str:
     return " and ".join(dict.fromkeys(type(block).__name__ for block in blocks))
 
 
-__all__ = ["Difference", "Run", "Survey", "continuous", "discrete", "survey"]
+__all__ = ["Difference", "Run", "Survey", "continuous", "discrete", "survey", "with_noise"]

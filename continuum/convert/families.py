@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, cat, nn, stack
 from torch.nn.functional import scaled_dot_product_attention
 
-from continuum.convert.blocks import Function, Residual, post_activation
+from continuum.convert.blocks import Dropped, Function, Residual, post_activation
 from continuum.fields import Field
 
 Known = Callable[[Any], Field | None]
@@ -63,11 +63,11 @@ def _regnet(b: Any, x: Tensor) -> Tensor:
 
 
 def _convnext(b: Any, x: Tensor) -> Tensor:
-    return b.stochastic_depth(b.layer_scale * b.block(x))
+    return b.layer_scale * b.block(x)
 
 
 def _efficientnet(b: Any, x: Tensor) -> Tensor:
-    return b.stochastic_depth(b.block(x))
+    return b.block(x)
 
 
 def _mobilenet2(b: Any, x: Tensor) -> Tensor:
@@ -92,23 +92,23 @@ def _vit_mlp(b: Any, x: Tensor) -> Tensor:
 
 
 def _swin_attention(b: Any, x: Tensor) -> Tensor:
-    return b.stochastic_depth(b.attn(b.norm1(x)))
+    return b.attn(b.norm1(x))
 
 
 def _swin_mlp(b: Any, x: Tensor) -> Tensor:
-    return b.stochastic_depth(b.mlp(b.norm2(x)))
+    return b.mlp(b.norm2(x))
 
 
 def _swin2_attention(b: Any, x: Tensor) -> Tensor:
-    return b.stochastic_depth(b.norm1(b.attn(x)))
+    return b.norm1(b.attn(x))
 
 
 def _swin2_mlp(b: Any, x: Tensor) -> Tensor:
-    return b.stochastic_depth(b.norm2(b.mlp(x)))
+    return b.norm2(b.mlp(x))
 
 
 def _maxvit_conv(b: Any, x: Tensor) -> Tensor:
-    return b.stochastic_depth(b.layers(x))
+    return b.layers(x)
 
 
 def _maxvit_attention(b: Any, x: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ def _maxvit_mlp(b: Any, x: Tensor) -> Tensor:
 def _on_windows(b: Any, x: Tensor, branch: nn.Module) -> Tensor:
     """A branch on the windows, or the grid, of an image; its sum with x, entry by entry, does not see where entries lie."""
     rows, columns = b.grid_size[0] // b.p, b.grid_size[1] // b.p
-    x = b.stochastic_dropout(branch(b.partition_swap(b.partition_op(x, b.p))))
+    x = branch(b.partition_swap(b.partition_op(x, b.p)))
     return b.departition_op(b.departition_swap(x), b.p, rows, columns)
 
 
@@ -130,17 +130,23 @@ TORCHVISION: Mapping[str, Known] = {
     "resnet.BasicBlock": _relu(_basic, "downsample", "relu"),
     "resnet.Bottleneck": _relu(_bottleneck, "downsample", "relu"),
     "regnet.ResBottleneckBlock": _relu(_regnet, "proj", "activation"),
-    "convnext.CNBlock": _sum(_convnext),
-    "efficientnet.MBConv": _sum(_efficientnet, only="use_res_connect"),
-    "efficientnet.FusedMBConv": _sum(_efficientnet, only="use_res_connect"),
+    "convnext.CNBlock": _sum(Dropped(_convnext, "stochastic_depth")),
+    "efficientnet.MBConv": _sum(Dropped(_efficientnet, "stochastic_depth"), only="use_res_connect"),
+    "efficientnet.FusedMBConv": _sum(Dropped(_efficientnet, "stochastic_depth"), only="use_res_connect"),
     "mobilenetv2.InvertedResidual": _sum(_mobilenet2, only="use_res_connect"),
     "mobilenetv3.InvertedResidual": _sum(_mobilenet3, only="use_res_connect"),
     "mnasnet._InvertedResidual": _sum(_mnasnet, only="apply_residual"),
     "vision_transformer.EncoderBlock": _sum(_vit_attention, _vit_mlp),
-    "swin_transformer.SwinTransformerBlock": _sum(_swin_attention, _swin_mlp),
-    "swin_transformer.SwinTransformerBlockV2": _sum(_swin2_attention, _swin2_mlp),
-    "maxvit.MBConv": _identity("proj", _maxvit_conv),
-    "maxvit.PartitionAttentionLayer": _sum(_maxvit_attention, _maxvit_mlp),
+    "swin_transformer.SwinTransformerBlock": _sum(
+        Dropped(_swin_attention, "stochastic_depth"), Dropped(_swin_mlp, "stochastic_depth")
+    ),
+    "swin_transformer.SwinTransformerBlockV2": _sum(
+        Dropped(_swin2_attention, "stochastic_depth"), Dropped(_swin2_mlp, "stochastic_depth")
+    ),
+    "maxvit.MBConv": _identity("proj", Dropped(_maxvit_conv, "stochastic_depth")),
+    "maxvit.PartitionAttentionLayer": _sum(
+        Dropped(_maxvit_attention, "stochastic_dropout"), Dropped(_maxvit_mlp, "stochastic_dropout")
+    ),
 }
 
 
@@ -148,19 +154,19 @@ TORCHVISION: Mapping[str, Known] = {
 
 
 def _timm_attention(b: Any, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-    return b.drop_path1(b.ls1(b.attn(b.norm1(x), attn_mask=mask, is_causal=causal)))
+    return b.ls1(b.attn(b.norm1(x), attn_mask=mask, is_causal=causal))
 
 
 def _timm_mlp(b: Any, x: Tensor, *_: object) -> Tensor:
-    return b.drop_path2(b.ls2(b.mlp(b.norm2(x))))
+    return b.ls2(b.mlp(b.norm2(x)))
 
 
 def _timm_attention_then_norm(b: Any, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-    return b.drop_path1(b.norm1(b.attn(x, attn_mask=mask, is_causal=causal)))
+    return b.norm1(b.attn(x, attn_mask=mask, is_causal=causal))
 
 
 def _timm_mlp_then_norm(b: Any, x: Tensor, *_: object) -> Tensor:
-    return b.drop_path2(b.norm2(b.mlp(x)))
+    return b.norm2(b.mlp(x))
 
 
 def _timm_attentions(b: Any, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
@@ -190,29 +196,29 @@ def _timm_parallel(b: Any, x: Tensor, mask: Tensor | None = None, causal: bool =
         both = b.attn_out_proj(attended) + b.mlp_out_proj(inner)
     else:
         both = b.out_proj(cat((attended, inner), dim=-1))
-    return b.drop_path(b.ls(both))
+    return b.ls(both)
 
 
 def _timm_convnext(b: Any, x: Tensor) -> Tensor:
     x = b.conv_dw(x)
     x = b.mlp(b.norm(x)) if b.use_conv_mlp else b.mlp(b.norm(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
-    return b.drop_path(x if b.gamma is None else x.mul(b.gamma.reshape(1, -1, 1, 1)))
+    return x if b.gamma is None else x.mul(b.gamma.reshape(1, -1, 1, 1))
 
 
 def _timm_swin_attention(b: Any, x: Tensor) -> Tensor:
-    return b.drop_path1(b._attn(b.norm1(x)))
+    return b._attn(b.norm1(x))
 
 
 def _timm_swin_mlp(b: Any, x: Tensor) -> Tensor:
-    return b.drop_path2(b.mlp(b.norm2(x.flatten(1, 2)))).view_as(x)
+    return b.mlp(b.norm2(x.flatten(1, 2))).view_as(x)
 
 
 def _timm_swin2_attention(b: Any, x: Tensor) -> Tensor:
-    return b.drop_path1(b.norm1(b._attn(x)))
+    return b.norm1(b._attn(x))
 
 
 def _timm_swin2_mlp(b: Any, x: Tensor) -> Tensor:
-    return b.drop_path2(b.norm2(b.mlp(x.flatten(1, 2)))).view_as(x)
+    return b.norm2(b.mlp(x.flatten(1, 2))).view_as(x)
 
 
 def _timm_basic(b: Any, x: Tensor) -> Tensor:
@@ -232,30 +238,34 @@ def _attended(b: Any, x: Tensor) -> Tensor:
 
 
 def _timm_pre_basic(b: Any, x: Tensor) -> Tensor:
-    return b.drop_path(b.conv2(b.norm2(b.conv1(b.norm1(x)))))
+    return b.conv2(b.norm2(b.conv1(b.norm1(x))))
 
 
 def _timm_pre_bottleneck(b: Any, x: Tensor) -> Tensor:
-    return b.drop_path(b.conv3(b.norm3(b.conv2(b.norm2(b.conv1(b.norm1(x)))))))
+    return b.conv3(b.norm3(b.conv2(b.norm2(b.conv1(b.norm1(x))))))
 
 
 def _timm_post_bottleneck(b: Any, x: Tensor) -> Tensor:
-    return b.drop_path(b.norm3(b.conv3(b.norm2(b.conv2(b.norm1(b.conv1(x)))))))
+    return b.norm3(b.conv3(b.norm2(b.conv2(b.norm1(b.conv1(x))))))
+
+
+def _twice(attention: Function, mlp: Function) -> Known:
+    return _sum(Dropped(attention, "drop_path1"), Dropped(mlp, "drop_path2"))
 
 
 TIMM: Mapping[str, Known] = {
-    "vision_transformer.Block": _sum(_timm_attention, _timm_mlp),
-    "vision_transformer.ResPostBlock": _sum(_timm_attention_then_norm, _timm_mlp_then_norm),
-    "vision_transformer.ParallelScalingBlock": _sum(_timm_parallel, only="fused_attn"),
+    "vision_transformer.Block": _twice(_timm_attention, _timm_mlp),
+    "vision_transformer.ResPostBlock": _twice(_timm_attention_then_norm, _timm_mlp_then_norm),
+    "vision_transformer.ParallelScalingBlock": _sum(Dropped(_timm_parallel, "drop_path"), only="fused_attn"),
     "vision_transformer.ParallelThingsBlock": _sum(_timm_attentions, _timm_mlps),
-    "convnext.ConvNeXtBlock": _identity("shortcut", _timm_convnext),
-    "swin_transformer.SwinTransformerBlock": _sum(_timm_swin_attention, _timm_swin_mlp),
-    "swin_transformer_v2.SwinTransformerV2Block": _sum(_timm_swin2_attention, _timm_swin2_mlp),
+    "convnext.ConvNeXtBlock": _identity("shortcut", Dropped(_timm_convnext, "drop_path")),
+    "swin_transformer.SwinTransformerBlock": _twice(_timm_swin_attention, _timm_swin_mlp),
+    "swin_transformer_v2.SwinTransformerV2Block": _twice(_timm_swin2_attention, _timm_swin2_mlp),
     "resnet.BasicBlock": _relu(_timm_basic, "downsample", "act2"),
     "resnet.Bottleneck": _relu(_timm_bottleneck, "downsample", "act3"),
-    "resnetv2.PreActBasic": _sum(_timm_pre_basic, unless="downsample"),
-    "resnetv2.PreActBottleneck": _sum(_timm_pre_bottleneck, unless="downsample"),
-    "resnetv2.Bottleneck": _relu(_timm_post_bottleneck, "downsample", "act3"),
+    "resnetv2.PreActBasic": _sum(Dropped(_timm_pre_basic, "drop_path"), unless="downsample"),
+    "resnetv2.PreActBottleneck": _sum(Dropped(_timm_pre_bottleneck, "drop_path"), unless="downsample"),
+    "resnetv2.Bottleneck": _relu(Dropped(_timm_post_bottleneck, "drop_path"), "downsample", "act3"),
 }
 
 

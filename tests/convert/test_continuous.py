@@ -28,8 +28,9 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
 
 from continuum import Autonomous, PiecewiseConstant, StochasticDepth
-from continuum.convert import Difference, Run, continuous, discrete, survey
-from continuum.models.flows import compile_parts, flows, frozen, project, refine, with_solver
+from continuum.convert import Difference, Run, continuous, discrete, survey, with_noise
+from continuum.models.flows import compile_parts, drift, flows, frozen, project, refine, sample, with_solver
+from continuum.noise.base import has_noise
 
 
 def regnet(**options: float) -> RegNet:
@@ -192,6 +193,30 @@ def test_functions_of_flows_work_on_any_model() -> None:
     assert smooth(x).shape == (3, 5)
     compile_parts(dense)
     assert dense(x).shape == (3, 5)
+
+
+NOISY = [name for name in FAMILIES if any(word in name for word in ("ConvNeXt", "EfficientNet", "Swin", "MaxViT", "DeiT"))]
+NOISY += [name for name in FAMILIES if "ViT, " in name or name == "timm ResNetV2"]
+NOISY.remove("timm ViT, ParallelThingsBlock") if "timm ViT, ParallelThingsBlock" in NOISY else None
+
+
+@pytest.mark.parametrize("name", NOISY)
+def test_dropped_paths_are_noise_draw_for_draw(name: str) -> None:
+    model, x = made(name), images(6)
+    noisy = with_noise(continuous(model))
+    assert has_noise(noisy)
+    assert torch.equal(trained(noisy, x), trained(model, x))
+    plain, calm = model.eval()(x), drift(noisy.eval())
+    assert torch.equal(noisy(x), plain)
+    assert torch.equal(calm(x), plain)
+    assert with_solver(calm, "rk4")(x).shape == plain.shape
+    assert sample(noisy, x, 2).shape == (2, *plain.shape)
+    same(discrete(noisy), model)
+
+
+def test_a_model_that_drops_nothing_has_no_noise() -> None:
+    with pytest.raises(TypeError, match="no flow of this VisionTransformer drops a path"):
+        with_noise(continuous(made("ViT")))
 
 
 # Blocks of one's own
