@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from continuum import files
 from continuum.analysis.memory import peak_memory, seconds_of
-from continuum.models import Network
 from continuum.models.failure import not_finite
+from continuum.models.flows import flows, solvers_of, with_solver, without_noise
 from continuum.noise import noise_only
 from continuum.solvers import SolveError, Solver
 from continuum.solvers.base import rows_not_finite
@@ -59,7 +59,11 @@ class Row:
 
 @torch.no_grad()
 def compare_solvers(
-    network: Network, batches: Sequence[tuple[Tensor, Tensor]], solvers: Sequence[Solver], device: torch.device, paths: int = 5
+    network: nn.Module,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    solvers: Sequence[Solver],
+    device: torch.device,
+    paths: int = 5,
 ) -> Iterator[Row]:
     """Run `network` on all `batches` (images, labels) under its own solver, then under each of `solvers`; a row at a time.
 
@@ -69,13 +73,14 @@ def compare_solvers(
     network = network.to(device).eval()
     batches = [(images.to(device), labels.to(device)) for images, labels in batches]
     labels = torch.cat([labels for _, labels in batches])
-    drift = network.drift() if network.stochastic else network
+    drift = without_noise(network)
     reference: Tensor | None = None
-    for solver in (drift.solver, *solvers):
-        stochastic = is_stochastic(solver)
-        row = Row(str(solver), paths=paths if stochastic else 1)
+    for solver in (None, *solvers):
+        stochastic = solver is not None and is_stochastic(solver)
+        row = Row(str(solver or solvers_of(drift)), paths=paths if stochastic else 1)
+        run = drift if solver is None else with_solver(network if stochastic else drift, solver)
         try:
-            logits = _paths(network.with_solver(solver) if stochastic else drift.with_solver(solver), batches, device, row)
+            logits = _paths(run, batches, device, row)
         except SolveError as error:
             row.error = str(error)
             yield row
@@ -129,7 +134,7 @@ def is_stochastic(solver: Solver) -> bool:
     return solver.without_noise() != solver
 
 
-def _paths(network: Network, batches: Sequence[tuple[Tensor, Tensor]], device: torch.device, row: Row) -> Tensor:
+def _paths(network: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], device: torch.device, row: Row) -> Tensor:
     """The logits of all batches for each path of the noise, (paths, images, classes), filling in what they cost."""
     logits, milliseconds = [], []
     for seed in range(row.paths):
@@ -141,16 +146,16 @@ def _paths(network: Network, batches: Sequence[tuple[Tensor, Tensor]], device: t
     return torch.stack(logits)
 
 
-def _run(network: Network, batches: Sequence[tuple[Tensor, Tensor]], device: torch.device, row: Row) -> Tensor:
+def _run(network: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], device: torch.device, row: Row) -> Tensor:
     """The logits of all batches, filling in what they cost."""
     first = batches[0][0]
     row.memory = peak_memory(lambda: network(first), device) / 2**20  # also warms up
-    row.grids = [list(flow.cost.grid) for flow in network.flows if flow.cost]
+    row.grids = [list(flow.cost.grid) for flow in flows(network) if flow.cost]
     logits: list[Tensor] = []
     times, counts = [], torch.zeros(3, dtype=torch.float64)
     for images, _ in batches:
         times.append(1000 * seconds_of(lambda images=images: logits.append(network(images)), device) / len(images))
-        for cost in (flow.cost for flow in network.flows if flow.cost):
+        for cost in (flow.cost for flow in flows(network) if flow.cost):
             counts += len(images) * torch.tensor([cost.evaluations, cost.accepted, cost.rejected])
     row.evaluations, row.accepted, row.rejected = (counts / sum(map(len, logits))).tolist()
     row.milliseconds = statistics.median(times)

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from continuum.models import Network
+from continuum.models.flows import flows, with_solver, without_noise
 from continuum.solvers import Adaptive, SolveError
 from continuum.solvers.base import evaluating
 from continuum.types import Images, Logits
@@ -38,7 +38,7 @@ class ToleranceRow:
 
 @torch.no_grad()
 def tolerance_sweep(
-    network: Network,
+    network: nn.Module,
     images: Images,
     labels: Tensor,
     methods: Sequence[str] = ("dopri5", "bosh3"),
@@ -61,29 +61,29 @@ def tolerance_sweep(
     """
     if not len(images) or labels.shape != (len(images),):
         raise ValueError(f"each image needs one label; got {len(images)} images and labels of shape {tuple(labels.shape)}")
-    network = network.drift() if network.stochastic else network
+    network = without_noise(network)
     solvers = [Adaptive(method, tolerance, tolerance) for method in methods for tolerance in tolerances]
     if not solvers:
         return []
     tightest = max(min(tolerances) / TIGHTER, 10 * torch.finfo(images.dtype).eps)
     with evaluating(network):
         exact = _reference(network, images, tightest)
-        return [_row(network.with_solver(solver), solver, images, labels, exact) for solver in solvers]
+        return [_row(with_solver(network, solver), solver, images, labels, exact) for solver in solvers]
 
 
-def _reference(network: Network, images: Images, tolerance: float) -> Logits | None:
+def _reference(network: nn.Module, images: Images, tolerance: float) -> Logits | None:
     try:
-        return network.with_solver(Adaptive(REFERENCE, tolerance, tolerance))(images)
+        return with_solver(network, Adaptive(REFERENCE, tolerance, tolerance))(images)
     except SolveError:
         return None
 
 
-def _row(network: Network, solver: Adaptive, images: Images, labels: Tensor, exact: Logits | None) -> ToleranceRow:
+def _row(network: nn.Module, solver: Adaptive, images: Images, labels: Tensor, exact: Logits | None) -> ToleranceRow:
     try:
         logits = network(images)
     except SolveError as error:
         return ToleranceRow(solver.method, solver.rtol, *[math.nan] * 5, failure=str(error))
-    costs = [flow.cost for flow in network.flows if flow.cost is not None]
+    costs = [flow.cost for flow in flows(network) if flow.cost is not None]
     return ToleranceRow(
         solver.method,
         solver.rtol,

@@ -6,16 +6,19 @@ and in what steps they go: |h f(x_i)| / |x_i| for the states, |theta_{i+1} - the
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from continuum.fields import Field
 from continuum.flow import Flow
-from continuum.models import Network
+from continuum.models.flows import entering, named_flows, without_noise
 from continuum.schemes.base import inside
 from continuum.types import Images, State
 from continuum.weights import combined
@@ -49,7 +52,7 @@ class Dynamics:
 
 
 @torch.no_grad()
-def flow_dynamics(network: Network, images: Images) -> list[Dynamics]:
+def flow_dynamics(network: nn.Module, images: Images) -> list[Dynamics]:
     """The dynamics of every flow of `network`, in the order in which images pass them.
 
     Computed in float64 on a copy in evaluation mode, without noise; adaptive flows repeat the steps they accept on these
@@ -66,17 +69,30 @@ def flow_dynamics(network: Network, images: Images) -> list[Dynamics]:
         SolveError: a flow cannot be solved.
     """
     network = copy.deepcopy(network).double().eval().requires_grad_(False)
-    network = network.drift() if network.stochastic else network
-    entering = network.entering(images.double())
-    found = []
-    for name, flow in network.named_flows.items():
-        x, memory = entering[flow]
-        # Whatever is stored for a gradient, the steps are these.
-        flow = flow.frozen(x) if flow.solver.adaptive else flow.with_solver(flow.solver.direct())
+    network = without_noise(network)
+    states = entering(network, images.double())
+    return [_dynamics(name, flow, *states[flow]) for name, flow in named_flows(network).items()]
+
+
+def _dynamics(name: str, flow: Flow, x: State, memory: State | None) -> Dynamics:
+    # Whatever is stored for a gradient, the steps are these.
+    flow = flow.frozen(x) if flow.solver.adaptive else flow.with_solver(flow.solver.direct())
+    with _derivable_attention():
         sigma = largest_singular_values(flow, x, memory)
-        exponent = float(sigma.log().mean()) / flow.depth
-        found.append(Dynamics(name, float(sigma.max()), exponent, _steps(flow, x, memory), _smoothness(flow.field)))
-    return found
+    exponent = float(sigma.log().mean()) / flow.depth
+    return Dynamics(name, float(sigma.max()), exponent, _steps(flow, x, memory), _smoothness(flow.field))
+
+
+@contextmanager
+def _derivable_attention() -> Iterator[None]:
+    """Inside the block attention is computed by operators that torch derives forwards too, which its fused ones are not."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def largest_singular_values(flow: Flow, x: State, memory: State | None = None) -> Tensor:

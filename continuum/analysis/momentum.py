@@ -9,7 +9,9 @@ so -k is a momentum, 1 + k the friction that resists motion, and (1 - k) / 2 the
 
 from dataclasses import dataclass
 
-from continuum.models import Network
+from torch import nn
+
+from continuum.models.flows import named_flows
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Friction:
         return -1 < self.k <= 1
 
 
-def frictions(network: Network) -> list[Friction]:
+def frictions(network: nn.Module) -> list[Friction]:
     """The k of every layer that has one, in the order in which images pass them; empty for a network without memory.
 
     >>> import torch, continuum
@@ -47,7 +49,7 @@ def frictions(network: Network) -> list[Friction]:
     (6, 'stages.0', 1, True)
     """
     found: list[Friction] = []
-    for name, flow in network.named_flows.items():
+    for name, flow in named_flows(network).items():
         for place, layer in enumerate(flow.field.pieces()):
             _, k = layer.friction()
             if k is not None:

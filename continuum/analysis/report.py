@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from continuum.analysis.convergence import Convergence, deep_limit, reference_end, scheme_errors
 from continuum.analysis.cost import tolerance_sweep
@@ -23,7 +23,7 @@ from continuum.analysis.momentum import frictions
 from continuum.bases import Hat
 from continuum.fields import Field
 from continuum.flow import Flow
-from continuum.models import Network
+from continuum.models.flows import entering, flows, named_flows, without_noise
 from continuum.schemes import RK4, Euler, Midpoint, Scheme
 from continuum.schemes.base import scheme_of
 from continuum.solvers import SolveError, parse
@@ -63,12 +63,12 @@ class Entry:
     memory: State | None
 
 
-def report(network: Network, sample: Sample, content: Mapping[str, Any]) -> Iterator[Section]:
+def report(network: nn.Module, sample: Sample, content: Mapping[str, Any]) -> Iterator[Section]:
     """The sections, as they are done; `content` is what the network's file holds, for what training has left there.
 
     A network with noise is analysed without it, as evaluation runs it.
     """
-    network = network.drift() if network.stochastic else network
+    network = without_noise(network)
     network.eval()
     entries = entered(network, sample.images)
     parts: list[tuple[str, Callable[[], Section]]] = [
@@ -88,10 +88,10 @@ def report(network: Network, sample: Sample, content: Mapping[str, Any]) -> Iter
             yield Section(title, f"Left out: {error}")
 
 
-def entered(network: Network, images: Images) -> list[Entry]:
+def entered(network: nn.Module, images: Images) -> list[Entry]:
     """What reaches every flow when these images pass the network in evaluation mode."""
-    names = {flow: name for name, flow in network.named_flows.items()}
-    return [Entry(names[flow], flow, x, memory) for flow, (x, memory) in network.entering(images).items()]
+    names = {flow: name for name, flow in named_flows(network).items()}
+    return [Entry(names[flow], flow, x, memory) for flow, (x, memory) in entering(network, images).items()]
 
 
 Table = Sequence[Mapping[str, str]]
@@ -178,11 +178,11 @@ def _as_expansion(field: Field) -> Field | None:
     return field.project(Hat(basis.size, basis.depth)) if basis.size >= 3 else None
 
 
-def _equations(network: Network) -> Section:
+def _equations(network: nn.Module) -> Section:
     """The modified equations of the fixed schemes in use, and where they are stable."""
     methods: dict[str, LinearMultistep | OneStep] = {}
     learnt = [friction.k for friction in frictions(network)]
-    for scheme in map(scheme_of, (flow.solver for flow in network.flows)):
+    for scheme in map(scheme_of, (flow.solver for flow in flows(network))):
         if scheme is not None:
             for k in sorted({min(learnt), statistics.mean(learnt), max(learnt)}) if learnt else [None]:
                 name = str(scheme).partition(":")[0] + (f", k = {k:.3g}" if k is not None else "")
@@ -206,7 +206,7 @@ def _equations(network: Network) -> Section:
     return _section("Modified equation and stability", summary, table, numbers, panel)
 
 
-def momentum_section(network: Network, content: Mapping[str, Any]) -> Section:
+def momentum_section(network: nn.Module, content: Mapping[str, Any]) -> Section:
     """The k of every layer; over training too, where the checkpoint `content` has the history that KeepFriction keeps."""
     found = frictions(network)
     if not found:
@@ -236,7 +236,7 @@ def momentum_section(network: Network, content: Mapping[str, Any]) -> Section:
     return _section("Momentum", summary, table, [asdict(f) for f in found], *panels)
 
 
-def _dynamics(network: Network, sample: Sample) -> Section:
+def _dynamics(network: nn.Module, sample: Sample) -> Section:
     found = flow_dynamics(network, sample.images[:FEW])
     table = [
         {
@@ -260,7 +260,7 @@ def _dynamics(network: Network, sample: Sample) -> Section:
     return _section("Dynamics", summary, table, [asdict(d) for d in found], *panels)
 
 
-def _cost(network: Network, sample: Sample) -> Section:
+def _cost(network: nn.Module, sample: Sample) -> Section:
     found = tolerance_sweep(network, sample.images, sample.labels)
     table = [
         {

@@ -17,6 +17,7 @@ from continuum.noise.base import has_noise, noise_only
 from continuum.solvers import Solver
 from continuum.solvers.base import evaluating
 from continuum.solvers.compiled import compile_whole
+from continuum.types import State
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -54,6 +55,23 @@ def replaced(model: M, change: Callable[[nn.Module], nn.Module | None]) -> M:
 def with_flows(model: M, other: Callable[[Flow], Flow]) -> M:
     """The model with another flow in the place of each."""
     return replaced(model, lambda module: other(module) if isinstance(module, Flow) else None)
+
+
+def solvers_of(model: nn.Module) -> str:
+    """The solvers of the flows as text, each once."""
+    return " and ".join(dict.fromkeys(str(flow.solver) for flow in flows(model))) or "no solver"
+
+
+def solver_of(model: nn.Module) -> Solver:
+    """The solver of all flows of a model.
+
+    Raises:
+        ValueError: the flows differ in theirs, or there is none.
+    """
+    solvers = {flow.solver for flow in flows(model)}
+    if len(solvers) != 1:
+        raise ValueError(f"the flows of this network have {len(solvers)} different solvers")
+    return solvers.pop()
 
 
 def with_solver(model: M, solver: Solver | str) -> M:
@@ -129,6 +147,11 @@ def drift(model: M) -> M:
     return model
 
 
+def without_noise(model: M) -> M:
+    """The model itself, or its drift where it has noise."""
+    return drift(model) if has_noise(model) else model
+
+
 @torch.no_grad()
 def sample(model: nn.Module, x: Any, n: int) -> Tensor:
     """n sampled outputs, of shape (n, ...): the noise acts, everything else is as in evaluation mode.
@@ -163,19 +186,27 @@ def frozen(model: M, *inputs: Any) -> M:
     """
     if not any(flow.solver.adaptive for flow in flows(model)):
         raise TypeError("no flow of this network has an adaptive solver whose steps could be frozen")
-    states: dict[nn.Module, Any] = {}
+    states = entering(model, *inputs)
+    return with_flows(model, lambda flow: flow.frozen(states[flow][0]) if flow.solver.adaptive else flow)
 
-    def entering(flow: nn.Module, given: tuple[Any, ...]) -> None:
-        states[flow] = given[0]
 
-    hooks = [flow.register_forward_pre_hook(entering) for flow in flows(model)]
+@torch.no_grad()
+def entering(model: nn.Module, *inputs: Any) -> dict[Flow, tuple[State, State | None]]:
+    """The state that reaches each flow when `inputs` pass in evaluation mode, and the one before it where it is known."""
+    states: dict[Flow, tuple[State, State | None]] = {}
+
+    def look(flow: Flow, given: tuple[Any, ...]) -> None:
+        x, memory, *_ = (*given, None)
+        states[flow] = x, memory
+
+    hooks = [flow.register_forward_pre_hook(look) for flow in flows(model)]  # pyright: ignore[reportArgumentType]
     try:
         with evaluating(model):
             model(*inputs)
     finally:
         for hook in hooks:
             hook.remove()
-    return with_flows(model, lambda flow: flow.frozen(states[flow]) if flow.solver.adaptive else flow)
+    return states
 
 
 def compile_parts(model: nn.Module) -> None:

@@ -12,10 +12,21 @@ from torch import Tensor, nn
 
 from continuum.flow import Flow
 from continuum.integral import Integrand
-from continuum.models.flows import compile_parts, drift, flows, frozen, named_flows, project, refine, sample, with_solver
+from continuum.models.flows import (
+    compile_parts,
+    drift,
+    flows,
+    frozen,
+    named_flows,
+    project,
+    refine,
+    sample,
+    solver_of,
+    with_solver,
+)
 from continuum.noise.base import has_noise
 from continuum.solvers import SolveError, Solver
-from continuum.solvers.base import evaluating, restored_on_error
+from continuum.solvers.base import restored_on_error
 from continuum.types import Images, Logits, State
 
 P = ParamSpec("P")
@@ -70,10 +81,7 @@ class Network(nn.Module):
         Raises:
             ValueError: the flows differ in theirs, or there is none.
         """
-        solvers = {flow.solver for flow in self.flows}
-        if len(solvers) != 1:
-            raise ValueError(f"the flows of this network have {len(solvers)} different solvers")
-        return solvers.pop()
+        return solver_of(self)
 
     def with_solver(self, solver: Solver | str) -> "Network":
         """The network with the same modules, hence the same weights, and all its flows under `solver`; see `flows`."""
@@ -109,19 +117,6 @@ class Network(nn.Module):
     def frozen(self, images: Images) -> "Network":
         """The network whose flows repeat the steps that adaptive solvers accept on `images`; see `flows.frozen`."""
         return frozen(self, images)
-
-    @torch.no_grad()
-    def entering(self, images: Images) -> dict[Flow, tuple[State, State | None]]:
-        """The state that reaches each flow when `images` pass in evaluation mode, and the one before it where it is known."""
-        states: dict[Flow, tuple[State, State | None]] = {}
-
-        def end(flow: Flow, x: State, previous: State | None) -> State:
-            states[flow] = x, previous
-            return flow(x, previous)
-
-        with evaluating(self):
-            self._through(images, end)
-        return states
 
     def compile(self) -> None:
         """Compile this network in place: its class, state dict and results (to rounding) stay.

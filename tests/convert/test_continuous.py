@@ -28,9 +28,12 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
 
 from continuum import Autonomous, PiecewiseConstant, StochasticDepth
+from continuum.analysis.compare import compare_solvers
+from continuum.analysis.report import Sample, report
 from continuum.convert import Difference, Run, continuous, discrete, survey, with_noise
-from continuum.models.flows import compile_parts, drift, flows, frozen, project, refine, sample, with_solver
+from continuum.models.flows import compile_parts, drift, flows, frozen, project, refine, sample, solver_of, with_solver
 from continuum.noise.base import has_noise
+from continuum.solvers import parse
 
 
 def regnet(**options: float) -> RegNet:
@@ -349,3 +352,16 @@ def test_only_the_class_itself_is_known() -> None:
     assert not survey(model).runs
     assert survey(model).left == {Other.__qualname__: 1}
     assert isinstance(continuous(nn.Sequential(CNBlock(8, 1.0, 0.0)))[0].field, PiecewiseConstant)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", ["ConvNeXt", "ViT"])
+def test_it_is_analysed_and_compared_as_any_network(name: str) -> None:
+    model, x, labels = made(name), images(4), torch.tensor([0, 1, 2, 3])
+    equation = continuous(model.eval())
+    sections = {section.title: section for section in report(equation, Sample(x, labels), {})}
+    for title in ("Flows", "Order of convergence", "Dynamics", "Cost of a tolerance", "Gradients"):
+        assert sections[title].rows, sections[title].summary
+    first, *others = compare_solvers(equation, [(x, labels)], [parse("rk4"), parse("dopri5")], torch.device("cpu"))
+    assert first.solver == str(solver_of(equation))
+    assert first.logit_difference == 0
+    assert all(row.logit_difference > 0 for row in others)
