@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from continuum.fields import Field
 from continuum.fields.base import as_field, checked, in_mode_of
+from continuum.fields.given import given
 from continuum.integral import Integrand, augmented
 from continuum.noise.base import has_noise, without_noise
 from continuum.schemes.base import inside
 from continuum.solvers import Cost, Solver, parse
 from continuum.solvers.base import Solution, evaluating, statistics_untouched
-from continuum.solvers.compiled import compile_whole
+from continuum.solvers.compiled import compile_field, compile_whole
 from continuum.solvers.packed import Packed, pack
 from continuum.types import State, StateOrStates, States
 
@@ -96,11 +97,26 @@ class Flow(nn.Module):
         """The depth in layers; where it is learnt, its value now."""
         return _number(self.end)
 
-    def forward(self, x: StateOrStates, memory: State | None = None) -> StateOrStates:
-        """x(depth) from x = x(0); `memory` is the state one layer before x, for schemes that remember one.
+    def __call__(self, x: StateOrStates, memory: State | None = None, context: Sequence[Any] = ()) -> StateOrStates:
+        if not len(context):
+            return super().__call__(x) if memory is None else super().__call__(x, memory)
+        if self._compiled_call_impl is None:
+            return super().__call__(x, memory, context)
+        compile_field(self.field)  # no graph holds a field that is made for a call
+        return self._call_impl(x, memory, context)  # pyright: ignore[reportReturnType]
+
+    def forward(self, x: StateOrStates, memory: State | None = None, context: Sequence[Any] = ()) -> StateOrStates:
+        """x(depth) from x = x(0).
+
+        Args:
+            x: the state, or a tuple of states.
+            memory: the state one layer before x, for schemes that remember one.
+            context: further arguments, which the field gets at every evaluation, field(t, x, *context): a mask, an encoder's
+                output, a control. Gradients reach the tensors among them, also in nested tuples, lists and dictionaries.
 
         Raises:
-            TypeError: a tuple of states with a `memory`, or under a solver that cannot carry it.
+            TypeError: a tuple of states with a `memory`, or under a solver that cannot carry it; a context that the field
+                does not take.
             ValueError: a learnt depth that is not positive any more.
         """
         depth = self.depth
@@ -109,7 +125,7 @@ class Flow(nn.Module):
                 f"depth is a positive number of layers, and training has taken it to {depth:g}: clamp it after each step, or "
                 "lower its learning rate"
             )
-        return cast(StateOrStates, self._solve(x, (0.0, depth), (0.0, self.end), memory)[-1])
+        return cast(StateOrStates, self._solve(x, (0.0, depth), (0.0, self.end), memory, context=context)[-1])
 
     def _solve(
         self,
@@ -118,16 +134,18 @@ class Flow(nn.Module):
         times: Sequence[float | Tensor],
         memory: State | None = None,
         exact: bool = False,
+        context: Sequence[Any] = (),
     ) -> list[States]:
         """The states at `depths`; `times` are the same, as tensors where they may have a gradient."""
+        field = self.field if isinstance(context, tuple) and not context else given(self.field, context)
         if not isinstance(x, tuple):
             x = _widened(x)
             previous = None if memory is None else self._one_layer_before(x, _widened(memory))
-            return [*self._carry(self.field, x, depths, times, previous, exact)]
+            return [*self._carry(field, x, depths, times, previous, exact)]
         if memory is not None:
             raise TypeError("schemes remember one tensor, so a tuple of states has no memory: pass the tuple alone")
         x = tuple(map(_widened, x))
-        flat, packed = pack(x), Packed(self.field, [part.shape for part in x])
+        flat, packed = pack(x), Packed(field, [part.shape for part in x])
         try:
             self.solver.check(packed)
         except TypeError as error:
@@ -204,7 +222,7 @@ class Flow(nn.Module):
         else:
             self.solver.compile(self.field)
 
-    def states(self, x: StateOrStates, memory: State | None = None) -> list[StateOrStates]:
+    def states(self, x: StateOrStates, memory: State | None = None, context: Sequence[Any] = ()) -> list[StateOrStates]:
         """What `forward` passes through: x, and the state after each step.
 
         Raises:
@@ -214,9 +232,15 @@ class Flow(nn.Module):
         if steps is None:
             raise TypeError(f"only fixed steps are known beforehand; this flow is solved by {self.solver}")
         times = [*(t for t, _ in steps), self.depth]
-        return cast(list[StateOrStates], self._solve(x, times, times, memory, exact=True))
+        return cast(list[StateOrStates], self._solve(x, times, times, memory, True, context))
 
-    def trajectory(self, x: StateOrStates, times: Sequence[float | Tensor] | Tensor, exact: bool = False) -> StateOrStates:
+    def trajectory(
+        self,
+        x: StateOrStates,
+        times: Sequence[float | Tensor] | Tensor,
+        exact: bool = False,
+        context: Sequence[Any] = (),
+    ) -> StateOrStates:
         """The states at `times`, stacked on a new first axis; x is the state at times[0]. Of a tuple, a tuple of such stacks.
 
         Times are strictly monotone, in either direction: (depth, 0) goes back. Those that require grad have the gradients of
@@ -229,6 +253,7 @@ class Flow(nn.Module):
             x: the state at times[0], or a tuple of states.
             times: two or more depths in layers, shape (n,).
             exact: whether a step ends at every time instead, so that states have the error of the end.
+            context: further arguments of the field, as in `forward`.
 
         Raises:
             ValueError: fewer than two times, times that are not monotone or of another shape; where times must be ends of steps
@@ -244,12 +269,14 @@ class Flow(nn.Module):
         steps = [b - a for a, b in pairwise(depths)]
         if not steps or not (all(h > 0 for h in steps) or all(h < 0 for h in steps)):
             raise ValueError(f"times are two or more strictly monotone depths, not {depths}")
-        states = self._solve(x, depths, times.unbind() if isinstance(times, Tensor) else times, exact=exact)
+        states = self._solve(x, depths, times.unbind() if isinstance(times, Tensor) else times, None, exact, context)
         if isinstance(x, tuple):
             return tuple(map(torch.stack, zip(*states, strict=True)))
         return torch.stack(cast(list[Tensor], states))
 
-    def integral(self, x: State, integrand: Integrand, memory: State | None = None) -> tuple[State, Tensor]:
+    def integral(
+        self, x: State, integrand: Integrand, memory: State | None = None, context: Sequence[Any] = ()
+    ) -> tuple[State, Tensor]:
         """x(depth), and the integral of integrand(t, x, dx/dt) over [0, depth] for every image, from one solve of both.
 
         The integral is one more component of the state, a' = integrand(t, x, f(t, x)) with a(0) = 0, so it has the order and
@@ -274,7 +301,7 @@ class Flow(nn.Module):
         x = _widened(x)
         if torch.is_grad_enabled() and not x.requires_grad:
             x = x.detach().requires_grad_()  # so that the integrand can differentiate with respect to all states
-        end, total = flow((x, x.new_zeros(len(x))))
+        end, total = flow((x, x.new_zeros(len(x))), context=context)
         self.cost = flow.cost
         return end, total
 
@@ -324,7 +351,7 @@ class Flow(nn.Module):
         return self._like(without_noise(self.field), self.solver.without_noise())
 
     @torch.no_grad()
-    def frozen(self, x: StateOrStates) -> "Flow":
+    def frozen(self, x: StateOrStates, context: Sequence[Any] = ()) -> "Flow":
         """The flow that repeats, for any input, the steps which the adaptive solver accepts on `x`.
 
         A learnt depth is frozen with them, at its value now.
@@ -339,7 +366,7 @@ class Flow(nn.Module):
         if not self.solver.adaptive:
             self.solver.frozen((0.0, self.depth))  # says what is missing
         with evaluating(self):
-            self._solve(x, (0.0, self.depth), (0.0, self.depth))
+            self._solve(x, (0.0, self.depth), (0.0, self.depth), context=context)
         grid = cast(Cost, self.cost).grid
         flow = self._new(self.field, self.solver.frozen(grid), grid[-1])
         flow.refined = self.refined

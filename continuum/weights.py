@@ -6,7 +6,7 @@
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -80,13 +80,13 @@ class Expansion(Field):
         self.basis = basis
         self.knots, self.extent = basis.knots, basis.depth
 
-    def forward(self, t: Time, x: State) -> State:
+    def forward(self, t: Time, x: State, *context: Any) -> State:
         if torch.compiler.is_compiling():
-            return self._forward(t, x)
+            return self._forward(t, x, *context)
         with REPLACING:
-            return self._forward(t, x)
+            return self._forward(t, x, *context)
 
-    def _forward(self, t: Time, x: State) -> State:
+    def _forward(self, t: Time, x: State, *context: Any) -> State:
         terms = self.basis(float(t.detach() if isinstance(t, Tensor) else t))
         tensors = {name: combined(parameter, terms) for name, parameter in self.field.named_parameters()}
         training: list[tuple[BatchNorm, list[Tensor]]] = []
@@ -100,7 +100,7 @@ class Expansion(Field):
             else:
                 values = [combined(tensor, terms) for tensor in stacked[:2]]
             tensors.update({f"{name}.{attribute}": value for attribute, value in zip(STATISTICS, values, strict=False)})
-        slope = functional_call(self.field, tensors, (t, x))
+        slope = functional_call(self.field, tensors, (t, x, *context))
         for norm, seen in training:
             _update(norm, seen, terms)
         return slope

@@ -46,7 +46,7 @@ class Dropped:
 class Residual(Field):
     """The sum of the branches of a block, f(t, x) = f1(block, x) + f2(block, x) + ...
 
-    Several are its `parts`, which the block takes one after the other, as `LieTrotter` does.
+    Several are its `addends`, which the block takes one after the other, as `LieTrotter` does.
 
     Args:
         block: the published block.
@@ -68,7 +68,7 @@ class Residual(Field):
             slope = slope + function(self.block, x, *context)
         return slope
 
-    def parts(self) -> tuple[Field, ...]:
+    def addends(self) -> tuple[Field, ...]:
         return self.summands
 
     def scaled(self, scale: float) -> Field:

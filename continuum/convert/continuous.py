@@ -258,7 +258,7 @@ def _field(block: nn.Module, blocks: Blocks) -> Field | None:
 
 def _solver_of(field: Field) -> Solver:
     """Whose step with h = 1 is the block."""
-    return FixedStep(LieTrotter() if field.parts() else EulerMaruyama() if has_noise(field) else Euler())
+    return FixedStep(LieTrotter() if field.addends() else EulerMaruyama() if has_noise(field) else Euler())
 
 
 def _check(run: Found) -> None:

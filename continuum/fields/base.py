@@ -1,5 +1,6 @@
 """What moves: a field f says where a state goes at each depth, dx/dt = f(t, x)."""
 
+import copy
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -42,7 +43,7 @@ class Field(nn.Module, ABC):
     def forward(self, t: Time, x: State) -> State:
         """dx/dt at depth `t` (in layers) of the states `x`; the result has the shape of `x`."""
 
-    def __call__(self, t: Time, x: StateOrStates) -> StateOrStates:
+    def __call__(self, t: Time, x: StateOrStates, *context: Any) -> StateOrStates:
         """`forward` with its hooks, and with a look at what it did.
 
         Raises:
@@ -51,11 +52,11 @@ class Field(nn.Module, ABC):
         if not self.takes_number:
             t = depth_tensor(t, x[0] if isinstance(x, tuple) else x)
         if isinstance(x, tuple) or torch.compiler.is_compiling():
-            return super().__call__(t, x)
+            return super().__call__(t, x, *context)
         if x.is_inference():  # where torch does not count how often a tensor was written to
-            return super().__call__(t, x)
+            return super().__call__(t, x, *context)
         version = x._version
-        slope = super().__call__(t, x)
+        slope = super().__call__(t, x, *context)
         if x._version != version:
             raise RuntimeError(
                 f"this {type(self).__name__} writes to its state in place, and the step needs that state as it was: build its "
@@ -109,7 +110,7 @@ class Field(nn.Module, ABC):
         """f1, f2 and k of a field k f1 + f2 whose f2 sees the state that f1 has moved, within a step of `Fractal`."""
         return None
 
-    def parts(self) -> Sequence["Field"]:
+    def addends(self) -> Sequence["Field"]:
         """f1, f2, ... of a field that is their sum, in the order in which splitting schemes step them."""
         return ()
 
@@ -122,9 +123,9 @@ class Field(nn.Module, ABC):
     proportional: bool = True
     """Whether `weighted` gives a multiple of the field."""
 
-    def weighted(self, t: Time, x: State, share: float) -> State:
+    def weighted(self, t: Time, x: State, share: float, *context: Any) -> State:
         """dx/dt where what the layer adds counts by `share` only, as in the mean over layers that are dropped at random."""
-        return share * self(t, x)
+        return share * self(t, x, *context)
 
     # Weights as functions of depth
 
@@ -163,6 +164,14 @@ def in_mode_of(module: nn.Module, other: M) -> M:
     return other
 
 
+def shallow(module: M) -> M:
+    """A copy that has the same tensors and submodules, and whose own can be replaced without that the module's are."""
+    twin = copy.copy(module)
+    for owned in ("_modules", "_parameters", "_buffers"):
+        setattr(twin, owned, getattr(module, owned).copy())
+    return twin
+
+
 def depth_tensor(t: Time, x: Tensor) -> Tensor:
     """The depth as a 0-dim tensor on the device of x, real and of float32's precision at least.
 
@@ -191,8 +200,8 @@ class Autonomous(Field):
         super().__init__()
         self.module = module
 
-    def forward(self, t: Time, x: State) -> State:
-        return self.module(x)
+    def forward(self, t: Time, x: State, *context: Any) -> State:
+        return self.module(x, *context)
 
     def held(self, t: float) -> Field:
         return self
@@ -230,15 +239,15 @@ class Function(Field):
             [0., 0., 0.]])
     """
 
-    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], knots: Sequence[float] = ()) -> None:
+    def __init__(self, function: Callable[..., Tensor], knots: Sequence[float] = ()) -> None:
         super().__init__()
         self.function = function
         self.knots = tuple(knots)
         if isinstance(function, nn.Module):
             self.training = function.training
 
-    def forward(self, t: Time, x: State) -> State:
-        return self.function(t, x)  # pyright: ignore[reportArgumentType]
+    def forward(self, t: Time, x: State, *context: Any) -> State:
+        return self.function(t, x, *context)  # pyright: ignore[reportArgumentType]
 
 
 def as_field(field: nn.Module, whole: str) -> Field:
@@ -254,16 +263,10 @@ def as_field(field: nn.Module, whole: str) -> Field:
 
 
 def _takes_two(function: Callable[..., Any]) -> bool:
-    """Whether a call needs two positional arguments."""
-
-    def takes(*arguments: None) -> bool:
-        try:
-            inspect.signature(function).bind(*arguments)
-        except TypeError:
-            return False
-        return True
-
-    return takes(None, None) and not takes(None)
+    """Whether a call needs two positional arguments, or more."""
+    parameters = inspect.signature(function).parameters.values()
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in positional and p.default is inspect.Parameter.empty for p in parameters) >= 2
 
 
 class PostActivation(Field):
@@ -286,11 +289,11 @@ class PostActivation(Field):
         super().__init__()
         self.branch = branch
 
-    def forward(self, t: Time, x: State) -> State:
-        return torch.relu(x + self.branch(x)) - x
+    def forward(self, t: Time, x: State, *context: Any) -> State:
+        return torch.relu(x + self.branch(x, *context)) - x
 
-    def weighted(self, t: Time, x: State, share: float) -> State:
-        return torch.relu(x + share * self.branch(x)) - x
+    def weighted(self, t: Time, x: State, share: float, *context: Any) -> State:
+        return torch.relu(x + share * self.branch(x, *context)) - x
 
     def held(self, t: float) -> Field:
         return self

@@ -33,20 +33,20 @@ class Split(Field):
         self.summands = nn.ModuleList(as_part(part, "a Split") for part in parts)
 
     def forward(self, t: Time, x: State) -> State:
-        first, *others = self.parts()
+        first, *others = self.addends()
         slope = first(t, x)
         for part in others:
             slope = slope + part(t, x)
         return slope
 
-    def parts(self) -> tuple[Field, ...]:
+    def addends(self) -> tuple[Field, ...]:
         return tuple(self.summands)  # pyright: ignore[reportReturnType]
 
     def scaled(self, scale: float) -> Field:
-        return in_mode_of(self, Split(*(part.scaled(scale) for part in self.parts())))
+        return in_mode_of(self, Split(*(part.scaled(scale) for part in self.addends())))
 
     def held(self, t: float) -> Field:
-        return in_mode_of(self, Split(*(part.held(t) for part in self.parts())))
+        return in_mode_of(self, Split(*(part.held(t) for part in self.addends())))
 
     def drift(self) -> Field:
-        return in_mode_of(self, Split(*(part.drift() for part in self.parts())))
+        return in_mode_of(self, Split(*(part.drift() for part in self.addends())))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from continuum.bases import named_basis
+from continuum.fields.base import shallow
 from continuum.flow import Flow
 from continuum.models.parts import NoisyTransition
 from continuum.noise.base import has_noise, noise_only
@@ -43,8 +44,7 @@ def replaced(model: M, change: Callable[[nn.Module], nn.Module | None]) -> M:
             if new is None and all(child is module._modules[name] for name, child in children.items()):
                 new = module
             elif new is None:
-                new = copy.copy(module)
-                new._parameters, new._buffers = module._parameters.copy(), module._buffers.copy()
+                new = shallow(module)
                 new._modules = children
             made[module] = new
         return made[module]

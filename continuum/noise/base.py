@@ -8,7 +8,6 @@ One random number eta drives all coefficients, c_i = c_i(eta), with means m_i an
 for the Ito equation dx = sum_i m_i f_i dt + sum_i s_i f_i dB, its drift and its diffusion.
 """
 
-import copy
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from continuum.fields import Field
-from continuum.fields.base import in_mode_of
+from continuum.fields.base import in_mode_of, shallow
 from continuum.noise.laws import Law
 from continuum.types import State, Time
 
@@ -189,9 +188,7 @@ class StochasticField(Field):
     def scaled(self, scale: float) -> "Field":
         if not scale > 0:
             raise ValueError(f"noise is scaled by a positive number, the length of the new unit of depth, not {scale}")
-        field = copy.copy(self)  # and what it owns, so that nothing set on one appears on the other
-        for owned in ("_modules", "_parameters", "_buffers"):
-            setattr(field, owned, getattr(self, owned).copy())
+        field = shallow(self)  # so that nothing set on one appears on the other
         field.scale = self.scale * scale
         return field
 

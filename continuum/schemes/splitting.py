@@ -58,7 +58,7 @@ class Splitting(Scheme):
 
     def check(self, field: Field) -> None:
         for layer in field.pieces():
-            if not layer.parts():
+            if not layer.addends():
                 raise TypeError(
                     f"{type(self).__name__} steps the parts of a Split(f1, f2), and a {type(layer).__name__} has none: write "
                     "the field as such a sum, or take another scheme, such as euler or rk4"
@@ -84,7 +84,7 @@ class Splitting(Scheme):
 
     def _substeps(self, field: Field, t: float, x: State, h: float) -> list[Substep]:
         t = inside(field.knots, t, h, 0, x.dtype)
-        return self.substeps(field.at(t).parts(), t, h)
+        return self.substeps(field.at(t).addends(), t, h)
 
 
 @dataclass(frozen=True)

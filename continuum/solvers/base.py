@@ -254,8 +254,9 @@ def check_closed(edge: GradientEdge | None, known: Iterable[Tensor], solver: str
         if leaf is not None:
             raise TypeError(
                 f"this field uses a tensor of shape {tuple(leaf.shape)} that requires a gradient and is neither its "
-                f"state nor one of its parameters, and {solver} would lose that gradient: make it a parameter or a component "
-                "of the state, detach it, or let autograd see all steps: gradient='direct' or 'checkpoint'"
+                f"state nor one of its parameters, and {solver} would lose that gradient: pass it as context, flow(x, "
+                "context=(tensor,)), make it a parameter or a component of the state, detach it, or let autograd see all "
+                "steps: gradient='direct' or 'checkpoint'"
             )
         ahead += [following for following, _ in node.next_functions]
 
