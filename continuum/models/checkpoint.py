@@ -14,7 +14,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from continuum.flow import Flow
 from continuum.models.archive import CheckpointError, one_line, pack, unpacked
-from continuum.models.network import Network
+from continuum.models.network import Network, name_of
 from continuum.solvers import Adaptive, Solver
 from continuum.solvers.text import describe
 from continuum.zoo import BUILDERS
@@ -79,11 +79,17 @@ def save(network: Network, path: str | os.PathLike[str]) -> None:
 def load(path: str | os.PathLike[str], builder: Callable[..., Network] | None = None) -> Network:
     """The network in `path`, on the CPU and in evaluation mode: a file of `save`, or a checkpoint of `continuum fit`.
 
-    A network of your own needs its `builder`. No pickled code is executed.
+    No pickled code is executed, and nothing is imported because the file names it.
+
+    Args:
+        path: the file.
+        builder: the function that built a network of your own. One that is no `builder` itself may stand for it, as where it
+            has moved.
 
     Raises:
         FileNotFoundError: nothing at `path`.
-        CheckpointError: not a file of ours, truncated, or with weights of another network.
+        CheckpointError: not a file of ours, truncated, with weights of another network, or built by another builder than the
+            one that is given, or the zoo.
     """
     return restore(read(path), path, builder)
 
@@ -104,15 +110,16 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 def restore(content: dict[str, Any], path: str | os.PathLike[str], builder: Callable[..., Network] | None = None) -> Network:
     """The network described by the `content` that `read` returned for `path`."""
     stated = content[KEY]
-    name, build = stated.get("builder"), builder
+    name = stated.get("builder")
     if stated.get("format") != FORMAT:
         raise CheckpointError(f"{path} is written in format {stated.get('format')}; this version reads {FORMAT}")
-    if build is None and isinstance(name, str):
-        build = BUILDERS.get(name)
+    if not isinstance(name, str):
+        raise CheckpointError(f"{path} names no builder of its network, but has a {type(name).__name__} in that place")
+    build = builder or BUILDERS.get(name)
     if build is None:
-        raise CheckpointError(
-            f"{path} was built by {str(name)[:99]!r}, which is not in the zoo ({', '.join(BUILDERS)}): pass its builder to load"
-        )
+        raise CheckpointError(f"{path} was built by {name[:LONGEST_PATH]!r}, which {_how_to_give(name)}")
+    if (given := name_of(build)) is not None:
+        check_builder(name, given, path)
     weights = weights_of(content, path)
     try:
         plan = Plan.of(stated, build, weights)
@@ -134,6 +141,39 @@ def restore(content: dict[str, Any], path: str | os.PathLike[str], builder: Call
             tensor.data = tensor.data.to(weights[tensor_name].dtype)  # the type that the network had
     network.load_state_dict(weights)
     return network.eval()
+
+
+def _how_to_give(name: str) -> str:
+    """What to do about a file that was built by `name`; a text that is no import path is not repeated as one to type."""
+    module, _, function = name.rpartition(".")
+    if len(name) > LONGEST_PATH or not all(map(str.isidentifier, name.split("."))):
+        return "is no import path: pass its builder itself, as continuum.load(path, builder=...)"
+    path = f"MODULE.{function}" if module in UNKNOWN else name
+    return (
+        "is not in the zoo, and nothing is imported because a file asks for it: if the function is yours, give --builder "
+        f"{path}, or pass its builder in Python, continuum.load(path, builder={function})"
+    )
+
+
+LONGEST_PATH = 99
+"""Characters of an import path; what is longer is not shown whole."""
+
+UNKNOWN = ("", "__main__")
+"""Modules that say nothing: of files from before they were kept, and of scripts."""
+
+
+def check_builder(stated: object, given: str, where: object) -> None:
+    """Look whether the builder named `given` can be the one that a file states.
+
+    Raises:
+        CheckpointError: it is another one.
+    """
+    (module, _, function), (other, _, name) = str(stated).rpartition("."), given.rpartition(".")
+    if function != name or not (module == other or module in UNKNOWN or other in UNKNOWN):
+        raise CheckpointError(
+            f"{where} was built by {str(stated)[:LONGEST_PATH]!r}, not by {given!r}: give the builder that it names; where "
+            f"that has moved, continuum.load(path, builder=lambda **arguments: {name}(**arguments)), and save it anew"
+        )
 
 
 def weights_of(content: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Tensor]:
