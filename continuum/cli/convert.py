@@ -136,21 +136,15 @@ def _sample(network: Network, size: int | None) -> Tensor:
 
 
 def _facts(network: Network) -> dict[str, Any]:
-    """The arguments of the builder, with those of the network's first layer where they do not say what it takes.
+    """The arguments of the builder, and what the network's first layer takes where they do not say it.
 
     Raises:
-        ValueError: neither does.
+        ValueError: there is no such layer.
     """
     assert network.blueprint is not None
-    facts = network.blueprint.arguments
-    if {"features", "in_channels"} & facts.keys():
-        return facts
-    first = next((module for module in network.modules() if isinstance(module, nn.Conv2d | nn.Linear)), None)
-    if isinstance(first, nn.Conv2d):
-        return {**facts, "in_channels": first.in_channels}
-    if isinstance(first, nn.Linear):
-        return {**facts, "features": first.in_features}
-    raise ValueError(
-        f"what {network.blueprint.builder} takes is said by no argument in_channels or features and by no first layer: call "
-        "continuum.export.export in Python"
-    )
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            return {"in_channels": module.in_channels, **network.blueprint.arguments}
+        if isinstance(module, nn.Linear):
+            return {"features": module.in_features, **network.blueprint.arguments}
+    raise ValueError(f"{network.blueprint.builder} says not what it takes: call continuum.export.export on images in Python")

@@ -115,9 +115,9 @@ def restore(content: dict[str, Any], path: str | os.PathLike[str], builder: Call
         raise CheckpointError(f"{path} is written in format {stated.get('format')}; this version reads {FORMAT}")
     if not isinstance(name, str):
         raise CheckpointError(f"{path} names no builder of its network, but has a {type(name).__name__} in that place")
-    build = builder or BUILDERS.get(name)
+    build, shown = builder or BUILDERS.get(name), repr(name[:LONGEST_PATH])
     if build is None:
-        raise CheckpointError(f"{path} was built by {name[:LONGEST_PATH]!r}, which {_how_to_give(name)}")
+        raise CheckpointError(f"{path} was built by {shown}, which {_how_to_give(name)}")
     if (given := name_of(build)) is not None:
         check_builder(name, given, path)
     weights = weights_of(content, path)
@@ -128,14 +128,14 @@ def restore(content: dict[str, Any], path: str | os.PathLike[str], builder: Call
             with torch.device("meta"), plan.limited():
                 misfits = differences(plan.build(build), weights)
             if misfits:
-                raise CheckpointError(f"the weights in {path} are not those of its {name}: {misfits[0]}")
+                raise CheckpointError(f"the weights in {path} are not those of its {shown}: {misfits[0]}")
         network = plan.build(build)
     except CheckpointError:
         raise
     except Exception as error:  # whatever odd arguments lead to
-        raise CheckpointError(f"{path} does not describe a {name} network of this version: {one_line(error)}") from None
+        raise CheckpointError(f"{path} does not describe a {shown} network of this version: {one_line(error)}") from None
     if misfits := differences(network, weights):
-        raise CheckpointError(f"the weights in {path} are not those of its {name}: {misfits[0]}")
+        raise CheckpointError(f"the weights in {path} are not those of its {shown}: {misfits[0]}")
     for tensor_name, tensor in network.state_dict(keep_vars=True).items():
         if weights[tensor_name].is_floating_point():
             tensor.data = tensor.data.to(weights[tensor_name].dtype)  # the type that the network had
@@ -159,7 +159,7 @@ LONGEST_PATH = 99
 """Characters of an import path; what is longer is not shown whole."""
 
 UNKNOWN = ("", "__main__")
-"""Modules that say nothing: of files from before they were kept, and of scripts."""
+"""Modules in a file that say nothing: none, as of the zoo and in files of before, and that of a script."""
 
 
 def check_builder(stated: object, given: str, where: object) -> None:
@@ -169,7 +169,7 @@ def check_builder(stated: object, given: str, where: object) -> None:
         CheckpointError: it is another one.
     """
     (module, _, function), (other, _, name) = str(stated).rpartition("."), given.rpartition(".")
-    if function != name or not (module == other or module in UNKNOWN or other in UNKNOWN):
+    if function != name or not (module == other or module in UNKNOWN or other == "__main__"):
         raise CheckpointError(
             f"{where} was built by {str(stated)[:LONGEST_PATH]!r}, not by {given!r}: give the builder that it names; where "
             f"that has moved, continuum.load(path, builder=lambda **arguments: {name}(**arguments)), and save it anew"

@@ -54,8 +54,8 @@ class Classifier(Updates):
 
     Raises:
         ValueError: a learning rate that is not positive and finite, or other arguments that the optimiser refuses; a metric
-            called loss; a negative number of samples; an `end_time` that is negative or not less than a flow's depth; layers
-            of several kinds under `smoothness`.
+            that is none or called loss; a negative number of samples; an `end_time` that is negative or not less than a flow's
+            depth; layers of several kinds under `smoothness`.
         TypeError: an `optimizer` that makes none, or one whose steps evaluate the loss several times; `smoothness` without
             weights that vary with depth, `transport` of flows whose scheme or noise does not allow an integral, `end_time`
             under fixed steps, noise or a learnt depth.
@@ -101,8 +101,9 @@ class Classifier(Updates):
         self.broken, self.seen = torch.zeros((), dtype=torch.int64), 0
         self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
         chosen = {"accuracy": MulticlassAccuracy(None, average="micro"), **(metrics or {})}
-        if "loss" in chosen:
-            raise ValueError("loss is the name of the cross-entropy: give the metric another")
+        for name, metric in chosen.items():
+            if name == "loss" or not isinstance(metric, Metric):
+                raise ValueError(f"metrics are those of torchmetrics by names other than loss, not {name}: {metric!r}")
         self.val_metrics, self.test_metrics = (
             nn.ModuleDict({name: metric.clone() for name, metric in chosen.items()}) for _ in range(2)
         )
@@ -166,7 +167,7 @@ class Classifier(Updates):
             yield
 
     def on_fit_start(self) -> None:
-        """Take the seed of the noise from torch's generator, unless a checkpoint has brought it.
+        """Take the seed of the noise from torch's generator, unless a checkpoint has brought it; tell loggers what is trained.
 
         Raises:
             ValueError: a network that drops branches, under DistributedDataParallel that waits for all of their gradients; or
@@ -174,8 +175,6 @@ class Classifier(Updates):
         """
         super().on_fit_start()
         self._take_noise_seed()
-        for logger in self.loggers:
-            logger.log_hyperparams(self.hyperparameters())
         known = (flow.solver.steps(0.0, flow.depth) is not None for flow in self.network.flows)
         self.fails_alone = self.trainer.world_size > 1 and not all(known)
         adaptive = [flow.solver for flow in self.network.flows if flow.solver.adaptive]
@@ -191,8 +190,10 @@ class Classifier(Updates):
                 "a branch that is dropped has no gradient, and DistributedDataParallel would wait for it: train with "
                 "strategy='ddp_find_unused_parameters_true'"
             )
+        for logger in self.loggers:
+            logger.log_hyperparams(self._hyperparameters())
 
-    def hyperparameters(self) -> dict[str, int | float | str | None]:
+    def _hyperparameters(self) -> dict[str, int | float | str | None]:
         """What a run is made of, by name, as its loggers are told: network, solver, optimiser, schedule and size of a batch."""
         blueprint, data = self.network.blueprint, getattr(self.trainer, "datamodule", None)
         built = ("Network", {}) if blueprint is None else (blueprint.builder, blueprint.arguments)

@@ -270,7 +270,7 @@ def test_a_network_of_ones_own_needs_its_builder(path):
     assert all(words in text for words in (repr(name), f"--builder {name}", "pass its builder", "builder=own"))
     assert_same(network, load(path, builder=own), x)
     assert "weights" in refusal(path, builder=lambda **arguments: mlp())
-    for other in (mlp, other_own):
+    for other in (mlp, other_own):  # the first of them is the zoo's, whose name has no module
         text = refusal(path, builder=other)
         assert all(repr(words) in text for words in (name, other.__builder__))
     for moved in ("own", "__main__.own"):  # a file of before, or of a script, does not say the module
@@ -279,6 +279,9 @@ def test_a_network_of_ones_own_needs_its_builder(path):
         assert_same(network, load(path, builder=own), x)
     changed(path, builder="elsewhere.own")
     assert "lambda" in refusal(path, builder=own)
+    changed(path, builder="elsewhere.mlp")
+    assert "'elsewhere.mlp', not by 'mlp'" in refusal(path, builder=mlp)
+    changed(path, builder="elsewhere.own")
     assert_same(network, load(path, builder=lambda **arguments: own(**arguments)), x)
 
 

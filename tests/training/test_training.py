@@ -378,7 +378,7 @@ def test_a_metric_that_does_not_fit_is_refused_before_training(metric: Metric, w
     with pytest.raises(DataError, match=words):
         trainer.fit(Classifier(small_network(), metrics={"f1": metric}), Digits())
     assert trainer.global_step == 0
-    with pytest.raises(ValueError, match="loss is the name"):
+    with pytest.raises(ValueError, match="other than loss"):
         Classifier(small_network(), metrics={"loss": metric})
 
 
