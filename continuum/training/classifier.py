@@ -104,9 +104,7 @@ class Classifier(Updates):
         for name, metric in chosen.items():
             if name == "loss" or not isinstance(metric, Metric):
                 raise ValueError(f"metrics are those of torchmetrics by names other than loss, not {name}: {metric!r}")
-        self.val_metrics, self.test_metrics = (
-            nn.ModuleDict({name: metric.clone() for name, metric in chosen.items()}) for _ in range(2)
-        )
+        self.metrics = nn.ModuleDict(chosen)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images)
@@ -120,7 +118,7 @@ class Classifier(Updates):
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, ImageData):
             check_fit(self.network, data)
-            check_metrics(self.val_metrics, data.num_classes)
+            check_metrics(self.metrics, data.num_classes)
         strategy = self.trainer.strategy
         if type(strategy.checkpoint_io) is TorchCheckpointIO:
             strategy.checkpoint_io = WholeFiles()
@@ -247,17 +245,17 @@ class Classifier(Updates):
         self.seen += len(logits)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate("val", self.val_metrics, batch)
+        self._evaluate("val", batch)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate("test", self.test_metrics, batch)
+        self._evaluate("test", batch)
 
-    def _evaluate(self, stage: str, metrics: nn.ModuleDict, batch: Batch) -> None:
+    def _evaluate(self, stage: str, batch: Batch) -> None:
         images, labels = batch
         logits = self(images)
         self._look(logits)
         self.log(f"{stage}/loss", self.loss(logits, labels), batch_size=len(labels), prog_bar=True, sync_dist=True)
-        for name, metric in metrics.items():
+        for name, metric in self.metrics.items():
             assert isinstance(metric, Metric)
             metric.update(logits, labels)
             self.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, prog_bar=True)
