@@ -115,9 +115,9 @@ def restore(content: dict[str, Any], path: str | os.PathLike[str], builder: Call
         raise CheckpointError(f"{path} is written in format {stated.get('format')}; this version reads {FORMAT}")
     if not isinstance(name, str):
         raise CheckpointError(f"{path} names no builder of its network, but has a {type(name).__name__} in that place")
-    build, shown = builder or BUILDERS.get(name), repr(name[:LONGEST_PATH])
+    build, shown = builder or BUILDERS.get(name), repr(name[:LONGEST_PATH])[1:-1]
     if build is None:
-        raise CheckpointError(f"{path} was built by {shown}, which {_how_to_give(name)}")
+        raise CheckpointError(f"{path} was built by '{shown}', which {_how_to_give(name)}")
     if (given := name_of(build)) is not None:
         check_builder(name, given, path)
     weights = weights_of(content, path)

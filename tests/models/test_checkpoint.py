@@ -283,6 +283,9 @@ def test_a_network_of_ones_own_needs_its_builder(path):
     assert "'elsewhere.mlp', not by 'mlp'" in refusal(path, builder=mlp)
     changed(path, builder="elsewhere.own")
     assert_same(network, load(path, builder=lambda **arguments: own(**arguments)), x)
+    changed(path, builder="own\n\x1b[2J" * 1000)
+    for stand_in in (None, lambda **arguments: mlp()):  # the text of a file is shown as one line, whoever builds
+        assert "\x1b" not in refusal(path, builder=stand_in)
 
 
 def test_networks_that_a_file_cannot_describe(path):
