@@ -14,7 +14,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from continuum.analysis.figures import Panel
 from continuum.analysis.plots import plot
 from continuum.files import write_json, write_text
 from continuum.models.parts import MNISTStem, PooledHead
-from continuum.training import CIFAR10, Classifier, ImageData, ImageFolder, OneCycle
+from continuum.training import CIFAR10, Classifier, ImageData, ImageFolder, Nesterov, OneCycle
 from continuum.training.classifier import Schedule
 
 Row = dict[str, Any]
@@ -170,7 +170,9 @@ def train(
     Returns:
         The trained network, in evaluation mode: `network` itself, unless a callback put another in its place.
     """
-    classifier = Classifier(network, learning_rate, weight_decay=weight_decay, schedule=schedule or OneCycle())
+    classifier = Classifier(
+        network, partial(Nesterov, lr=learning_rate, weight_decay=weight_decay), schedule=schedule or OneCycle()
+    )
     torch.manual_seed(seed)  # of the noise; networks are built under seeds of their own
     trainer = pl.Trainer(
         max_epochs=epochs,

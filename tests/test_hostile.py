@@ -159,7 +159,7 @@ def test_a_configuration_that_is_none(text, capsys):
 def test_aliases_are_bounded_in_every_configuration(options, capsys):
     """In a second one, in one of a part, and in a text, which is read as YAML once more."""
     Path("good.yaml").write_text("trainer:\n  max_steps: 1\n")
-    for content in (f"a: {hostile.bomb()}", f'model:\n  learning_rate: "{hostile.bomb()}"'):
+    for content in (f"a: {hostile.bomb()}", f'model:\n  samples: "{hostile.bomb()}"'):
         Path("bad.yaml").write_text(content)
         start = time.process_time()
         with pytest.raises(SystemExit) as ended:

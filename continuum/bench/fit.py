@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
@@ -23,7 +24,7 @@ from continuum.bench.counts import Synchronisations
 from continuum.bench.rivals import FlowMap
 from continuum.bench.timing import SEED, Case, Row, ratio, textbook
 from continuum.models import Network
-from continuum.training import Classifier, Compile, EndOnSignal, ImageData, LogCost
+from continuum.training import Classifier, Compile, EndOnSignal, ImageData, LogCost, Nesterov
 from continuum.training.images import InMemory, LabelledImages
 from continuum.zoo import preresnet
 
@@ -131,7 +132,7 @@ def fit(network: Network, data: ImageData, callbacks: Sequence[pl.Callback], bar
             limit_val_batches=0,
             callbacks=[*bars, LogCost(), EndOnSignal(), *callbacks],
         )
-        trainer.fit(Classifier(network, learning_rate=0.01), data)
+        trainer.fit(Classifier(network, partial(Nesterov, lr=0.01)), data)
 
 
 @contextmanager

@@ -6,14 +6,14 @@ from jsonargparse.typing import PositiveInt
 
 from continuum.analysis.page import write_html, write_json
 from continuum.analysis.report import Sample, report
+from continuum.cli.checkpoints import opened, reading_parser
 from continuum.cli.inputs import images_of
-from continuum.cli.parser import Parser, chosen_device, device_name, parser_of
-from continuum.models.checkpoint import read, restore
+from continuum.cli.parser import Parser, chosen_device, device_name
 from continuum.training import ImageData
 
 
 def analyse_parser() -> Parser:
-    parser = parser_of("analyse")
+    parser = reading_parser("analyse")
     parser.add_argument("checkpoint", help="a file of continuum.save, or a checkpoint of `continuum fit`")
     parser.add_subclass_arguments(
         ImageData, "data", required=False, help="the images to analyse on (default: the test set of the training's data)"
@@ -28,8 +28,7 @@ def analyse_command(arguments: list[str]) -> None:
     """`continuum analyse`: sections are named as they are done or left out, then written as report.html and report.json."""
     parser = analyse_parser()
     options = parser.parse_args(arguments)
-    content = read(options.checkpoint)
-    network = restore(content, options.checkpoint)
+    content, network = opened(options.checkpoint, options.builder)
     if not network.flows:
         parser.error(f"{options.checkpoint} holds a network without a flow: there is no equation to analyse")
     device = chosen_device(parser, options.device)

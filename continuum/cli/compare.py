@@ -12,9 +12,9 @@ from rich.table import Table
 
 from continuum.analysis.compare import Row, compare_solvers, is_stochastic, write_csv, write_json
 from continuum.analysis.plots import plot_comparison, plot_steps
+from continuum.cli.checkpoints import opened, reading_parser
 from continuum.cli.inputs import images_of
-from continuum.cli.parser import Parser, chosen_device, device_name, parser_of
-from continuum.models.checkpoint import read, restore
+from continuum.cli.parser import Parser, chosen_device, device_name
 from continuum.solvers import parse
 from continuum.training import ImageData
 
@@ -39,7 +39,7 @@ DEFAULT_SOLVERS = (
 
 
 def compare_parser() -> Parser:
-    parser = parser_of("compare")
+    parser = reading_parser("compare")
     parser.add_argument("checkpoint", help="a file of continuum.save, or a checkpoint of `continuum fit`")
     parser.add_argument(
         "--solver",
@@ -69,8 +69,7 @@ def compare_command(arguments: list[str]) -> None:
         solvers = [parse(text) for text in options.solver or DEFAULT_SOLVERS]
     except ValueError as error:
         parser.error(str(error))
-    content = read(options.checkpoint)
-    network = restore(content, options.checkpoint)
+    content, network = opened(options.checkpoint, options.builder)
     if network.stochastic and not options.solver:
         solvers += [parse(text) for text in DEFAULT_STOCHASTIC]
     drift = network.drift() if network.stochastic else network

@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from jsonargparse.typing import PositiveInt
-from torch import Tensor
+from torch import Tensor, nn
 
-from continuum.cli.parser import Parser, parser_of
+from continuum.cli.checkpoints import imported, reading_parser
+from continuum.cli.parser import Parser
 from continuum.convert import from_checkpoint, to_checkpoint
 from continuum.export import SUFFIXES, ExportError, export
 from continuum.models import Network
@@ -19,7 +20,7 @@ SAMPLES = 8
 
 
 def convert_parser() -> Parser:
-    parser = parser_of("convert")
+    parser = reading_parser("convert")
     parser.add_argument(
         "source",
         help="a file of continuum.save, a checkpoint of `continuum fit`, or the state dict of a ResNet under the names of "
@@ -57,7 +58,7 @@ def convert_command(arguments: list[str]) -> None:
         parser.error(f"DEST is SOURCE, {source}: write to another file")
     try:
         solver = parse(options.solver) if options.solver else None
-        network, ours = _read(source)
+        network, ours = _read(source, options.builder)
         unseen = "" if ours else "; what has no weights (strides, activations, pooling) is taken to be as published"
         print(f"read {source}: {_summary(network)}{unseen}")
         if not exports and ours != state_dict:
@@ -78,13 +79,15 @@ def convert_command(arguments: list[str]) -> None:
     print(f"wrote {dest}: {written}")
 
 
-def _read(path: Path) -> tuple[Network, bool]:
+def _read(path: Path, builder: str | None) -> tuple[Network, bool]:
     """The network in a file, and whether it is a file of ours."""
     try:
         content = read(path)
     except CheckpointError:
+        if builder is not None:  # which a published state dict does not have
+            raise
         return from_checkpoint(path), False
-    return restore(content, path), True
+    return restore(content, path, imported(builder)), True
 
 
 def _summary(network: Network) -> str:
@@ -116,7 +119,7 @@ def _sample(network: Network, size: int | None) -> Tensor:
         ValueError: the network cannot take images of this size.
     """
     assert network.blueprint is not None
-    facts: dict[str, Any] = network.blueprint.arguments
+    facts = _facts(network)
     if "features" in facts and size:
         raise ValueError(f"{network.blueprint.builder} takes vectors, not images: leave --image_size out")
     side = size or (224 if facts.get("stem") == "imagenet" else 32)
@@ -130,3 +133,18 @@ def _sample(network: Network, size: int | None) -> Tensor:
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{network.blueprint.builder} cannot take images of {side}x{side}: {error}") from None
     return images
+
+
+def _facts(network: Network) -> dict[str, Any]:
+    """The arguments of the builder, and what the network's first layer takes where they do not say it.
+
+    Raises:
+        ValueError: there is no such layer.
+    """
+    assert network.blueprint is not None
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            return {"in_channels": module.in_channels, **network.blueprint.arguments}
+        if isinstance(module, nn.Linear):
+            return {"features": module.in_features, **network.blueprint.arguments}
+    raise ValueError(f"{network.blueprint.builder} says not what it takes: call continuum.export.export on images in Python")

@@ -46,6 +46,8 @@ class Parser(jsonargparse.ArgumentParser):
         if not self.exit_on_error:  # jsonargparse is trying out the types of a union
             super().error(message, ex)
         text = OPTIONAL.sub(r"\1", " ".join(str(message).split()))
+        if "class_path='torch.optim.Optimizer'" in text:  # in the place of a class that is not named
+            text += "; name the class before its arguments, as --model.optimizer Nesterov"
         unknown = re.findall(r"(?<!Parser )(?:key|option) ['\"]([\w.]+)['\"]", text, re.IGNORECASE)
         for key in unknown if re.search("accept|expected", text) else ():
             text += "".join(f"; {key!r} stands in {where}" for where in _lines(key.split(".")[-1], sys.argv))

@@ -18,6 +18,7 @@ from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ProgressBar, 
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.trainer.states import TrainerFn
 
+from continuum.cli.checkpoints import BUILDER_HELP, imported
 from continuum.cli.inputs import described_data
 from continuum.cli.parser import LIGHTNING, Parser, check_yaml
 from continuum.files import write_text
@@ -111,6 +112,9 @@ class CommandLine(LightningCLI):
             type=bool,
             default=False,
             help="on a GPU each training step becomes one launch; elsewhere torch.compile takes minutes for the network",
+        )
+        parser.add_argument(
+            "--builder", type=str | None, metavar="MODULE.FUNCTION", help=f"with --ckpt_path alone: {BUILDER_HELP}"
         )
         # Safe as a default although jsonargparse carries arguments over to another class: all data modules share them.
         parser.set_defaults({"data": lazy_instance(Digits)})
@@ -209,6 +213,11 @@ def _with_network(arguments: list[str]) -> Started:
     if path is not None and not found:
         existing(path)
     own = any(a.split("=")[0] in ("-c", "--config", "--model.network") or a.startswith("--print_") for a in arguments)
+    if _value(arguments, "--builder") is not None and (own or arguments[0] == "fit"):
+        raise CheckpointError(
+            "--builder is of the network in --ckpt_path alone: `fit`, --config and --model.network build their own, as by "
+            "--model.network MODULE.FUNCTION; leave --builder out"
+        )
     if own or arguments[0].split("=")[0] in ("-c", "--config"):
         return arguments, None, None
     if arguments[0] == "fit" and path is None:
@@ -225,7 +234,6 @@ def _small(own_data: bool) -> dict[str, Any]:
     network = {"width": 16, "downsample": False, "solver": "dopri5:rtol=1e-2,atol=1e-2"}
     chosen = {
         "model.network": _class(f"{ZOO}.odenet", network),
-        "model.learning_rate": 0.1,
         "model.schedule": _class("continuum.training.OneCycle", {"warmup": 0.1}),
     }
     return chosen if own_data else chosen | {"data": _class("continuum.training.Digits", {"batch_size": 16})}
@@ -237,22 +245,18 @@ def _of_file(path: str, arguments: list[str]) -> Started:
     What the file says never reaches the parser, which would import what it names.
 
     Raises:
-        CheckpointError: no checkpoint of a training, one of a network that the zoo does not have, or options that do not fit.
+        CheckpointError: no checkpoint of a training, one of a network of another builder, or options that do not fit.
     """
     content = read(path)
     stated = content[KEY]
     if "pytorch-lightning_version" not in content:
         raise CheckpointError(f"{path} is no checkpoint of `continuum fit`, but a network alone: see `continuum compare`")
-    if isinstance(stated.get("builder"), str) and stated["builder"] not in BUILDERS:
-        raise CheckpointError(
-            f"{path} was built by {stated['builder'][:99]!r}, which is not in the zoo: say where it is, as --model.network "
-            f"MODULE.{stated['builder'][:99]}"
-        )
+    builder = imported(_value(arguments, "--builder"))
     arguments, changed = _taken(arguments, "--model.network.")
     solver = changed.pop("solver", None)
     if changed and isinstance(stated.get("arguments"), Mapping):
         content = {**content, KEY: {**stated, "arguments": {**stated["arguments"], **changed}}}
-    network = restore(content, path)
+    network = restore(content, path, builder)
     if solver is not None:
         try:
             network = network.with_solver(str(solver))

@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from continuum.cli.parser import Parser, parser_of
+from continuum.cli.checkpoints import opened, reading_parser
+from continuum.cli.parser import Parser
 from continuum.models import Network
-from continuum.models.checkpoint import load
 from continuum.verify.accuracy import Order, Undone, scheme_orders, undo_errors
 from continuum.verify.certificate import GRADIENTS, SMALL, Certificate, certify, small, some_images
 
@@ -20,7 +20,7 @@ Checks = list[tuple[bool, str]]
 
 
 def verify_parser() -> Parser:
-    parser = parser_of("verify")
+    parser = reading_parser("verify")
     parser.add_argument(
         "checkpoint",
         nargs="?",
@@ -33,11 +33,14 @@ def verify_parser() -> Parser:
 def verify_command(arguments: list[str]) -> None:
     """`continuum verify`: prints a table of each kind of check, and exits with status 1 if one fails."""
     parser = verify_parser()
-    path = parser.parse_args(arguments).checkpoint
+    options = parser.parse_args(arguments)
+    path = options.checkpoint
+    if path is None and options.builder is not None:
+        parser.error("--builder is of the network in a file: give CHECKPOINT too")
     console = Console(width=None if sys.stdout.isatty() else 160)
     with _one_thread():
         if path is not None:
-            network = load(path)
+            _, network = opened(path, options.builder)
             try:
                 checks = _certified(console, {str(path): network})
             except ValueError as error:

@@ -10,14 +10,14 @@ from rich.table import Table
 
 from continuum.analysis.plots import plot_weak
 from continuum.analysis.weak import Gap, WeakReport, weak_report, write_csv, write_json
+from continuum.cli.checkpoints import opened, reading_parser
 from continuum.cli.inputs import images_of
-from continuum.cli.parser import Parser, chosen_device, device_name, parser_of
-from continuum.models.checkpoint import read, restore
+from continuum.cli.parser import Parser, chosen_device, device_name
 from continuum.training import ImageData
 
 
 def weak_parser() -> Parser:
-    parser = parser_of("weak")
+    parser = reading_parser("weak")
     parser.add_argument("checkpoint", help="a file of continuum.save, or a checkpoint of `continuum fit`")
     parser.add_subclass_arguments(
         ImageData, "data", required=False, help="the images to measure on (default: the test set of the training's data)"
@@ -35,8 +35,7 @@ def weak_command(arguments: list[str]) -> None:
     """`continuum weak`: prints the noise of every layer and the largest weak errors, and writes all as CSV, JSON and PNG."""
     parser = weak_parser()
     options = parser.parse_args(arguments)
-    content = read(options.checkpoint)
-    network = restore(content, options.checkpoint)
+    content, network = opened(options.checkpoint, options.builder)
     device = chosen_device(parser, options.device)
     if not network.stochastic:
         parser.error(f"{options.checkpoint} holds a network without noise: there is no SDE for it to be near to")

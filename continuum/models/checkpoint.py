@@ -14,7 +14,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from continuum.flow import Flow
 from continuum.models.archive import CheckpointError, one_line, pack, unpacked
-from continuum.models.network import Network
+from continuum.models.network import Network, name_of
 from continuum.solvers import Adaptive, Solver
 from continuum.solvers.text import describe
 from continuum.zoo import BUILDERS
@@ -79,11 +79,17 @@ def save(network: Network, path: str | os.PathLike[str]) -> None:
 def load(path: str | os.PathLike[str], builder: Callable[..., Network] | None = None) -> Network:
     """The network in `path`, on the CPU and in evaluation mode: a file of `save`, or a checkpoint of `continuum fit`.
 
-    A network of your own needs its `builder`. No pickled code is executed.
+    No pickled code is executed, and nothing is imported because the file names it.
+
+    Args:
+        path: the file.
+        builder: the function that built a network of your own. One that is no `builder` itself may stand for it, as where it
+            has moved.
 
     Raises:
         FileNotFoundError: nothing at `path`.
-        CheckpointError: not a file of ours, truncated, or with weights of another network.
+        CheckpointError: not a file of ours, truncated, with weights of another network, or built by another builder than the
+            one that is given, or the zoo.
     """
     return restore(read(path), path, builder)
 
@@ -104,15 +110,16 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 def restore(content: dict[str, Any], path: str | os.PathLike[str], builder: Callable[..., Network] | None = None) -> Network:
     """The network described by the `content` that `read` returned for `path`."""
     stated = content[KEY]
-    name, build = stated.get("builder"), builder
+    name = stated.get("builder")
     if stated.get("format") != FORMAT:
         raise CheckpointError(f"{path} is written in format {stated.get('format')}; this version reads {FORMAT}")
-    if build is None and isinstance(name, str):
-        build = BUILDERS.get(name)
+    if not isinstance(name, str):
+        raise CheckpointError(f"{path} names no builder of its network, but has a {type(name).__name__} in that place")
+    build, shown = builder or BUILDERS.get(name), repr(name[:LONGEST_PATH])[1:-1]
     if build is None:
-        raise CheckpointError(
-            f"{path} was built by {str(name)[:99]!r}, which is not in the zoo ({', '.join(BUILDERS)}): pass its builder to load"
-        )
+        raise CheckpointError(f"{path} was built by '{shown}', which {_how_to_give(name)}")
+    if (given := name_of(build)) is not None:
+        check_builder(name, given, path)
     weights = weights_of(content, path)
     try:
         plan = Plan.of(stated, build, weights)
@@ -121,19 +128,52 @@ def restore(content: dict[str, Any], path: str | os.PathLike[str], builder: Call
             with torch.device("meta"), plan.limited():
                 misfits = differences(plan.build(build), weights)
             if misfits:
-                raise CheckpointError(f"the weights in {path} are not those of its {name}: {misfits[0]}")
+                raise CheckpointError(f"the weights in {path} are not those of its {shown}: {misfits[0]}")
         network = plan.build(build)
     except CheckpointError:
         raise
     except Exception as error:  # whatever odd arguments lead to
-        raise CheckpointError(f"{path} does not describe a {name} network of this version: {one_line(error)}") from None
+        raise CheckpointError(f"{path} does not describe a {shown} network of this version: {one_line(error)}") from None
     if misfits := differences(network, weights):
-        raise CheckpointError(f"the weights in {path} are not those of its {name}: {misfits[0]}")
+        raise CheckpointError(f"the weights in {path} are not those of its {shown}: {misfits[0]}")
     for tensor_name, tensor in network.state_dict(keep_vars=True).items():
         if weights[tensor_name].is_floating_point():
             tensor.data = tensor.data.to(weights[tensor_name].dtype)  # the type that the network had
     network.load_state_dict(weights)
     return network.eval()
+
+
+def _how_to_give(name: str) -> str:
+    """What to do about a file that was built by `name`; a text that is no import path is not repeated as one to type."""
+    module, _, function = name.rpartition(".")
+    if len(name) > LONGEST_PATH or not all(map(str.isidentifier, name.split("."))):
+        return "is no import path: pass its builder itself, as continuum.load(path, builder=...)"
+    path = f"MODULE.{function}" if module in UNKNOWN else name
+    return (
+        "is not in the zoo, and nothing is imported because a file asks for it: if the function is yours, give --builder "
+        f"{path}, or pass its builder in Python, continuum.load(path, builder={function})"
+    )
+
+
+LONGEST_PATH = 99
+"""Characters of an import path; what is longer is not shown whole."""
+
+UNKNOWN = ("", "__main__")
+"""Modules in a file that say nothing: none, as of the zoo and in files of before, and that of a script."""
+
+
+def check_builder(stated: object, given: str, where: object) -> None:
+    """Look whether the builder named `given` can be the one that a file states.
+
+    Raises:
+        CheckpointError: it is another one.
+    """
+    (module, _, function), (other, _, name) = str(stated).rpartition("."), given.rpartition(".")
+    if function != name or not (module == other or module in UNKNOWN or other == "__main__"):
+        raise CheckpointError(
+            f"{where} was built by {str(stated)[:LONGEST_PATH]!r}, not by {given!r}: give the builder that it names; where "
+            f"that has moved, continuum.load(path, builder=lambda **arguments: {name}(**arguments)), and save it anew"
+        )
 
 
 def weights_of(content: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Tensor]:

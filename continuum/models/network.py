@@ -39,7 +39,8 @@ End: TypeAlias = Callable[[Flow, State, State | None], State]
 class Blueprint:
     """What built a network: the builder's name and its arguments, enough to build it again.
 
-    `changes` are the refinements and projections since then, in order: ("refine", 2), ("project", "hat", 4).
+    The name is bare in the zoo, and elsewhere an import path. `changes` are the refinements and projections since then, in
+    order: ("refine", 2), ("project", "hat", 4).
     """
 
     builder: str
@@ -196,13 +197,25 @@ def builder(build: Callable[P, Network]) -> Callable[P, Network]:
     Arguments are plain data (numbers, text, booleans, None) or solvers.
     """
     signature = inspect.signature(build)
+    in_zoo = build.__module__.startswith("continuum.zoo.")
+    name = build.__name__ if in_zoo else f"{build.__module__}.{build.__qualname__}"
 
     @functools.wraps(build)
     def recorded(*args: P.args, **kwargs: P.kwargs) -> Network:
         network = build(*args, **kwargs)
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        network.blueprint = Blueprint(build.__name__, dict(bound.arguments))
+        network.blueprint = Blueprint(name, dict(bound.arguments))
         return network
 
+    setattr(recorded, NAME, name)
     return recorded
+
+
+NAME = "__builder__"
+"""Where a decorated function has its name."""
+
+
+def name_of(build: object) -> str | None:
+    """The name of a function decorated with `builder`, as in its networks' blueprints; None of anything else."""
+    return getattr(build, NAME, None)

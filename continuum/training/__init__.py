@@ -6,6 +6,7 @@ from continuum.training.classifier import Classifier
 from continuum.training.data import ImageData
 from continuum.training.endings import EndOnSignal, WholeFiles
 from continuum.training.launch import Compile, Launch
+from continuum.training.optimizers import Nesterov, OptimizerCallable
 from continuum.training.predictions import WritePredictions
 from continuum.training.regularisers import DepthSmoothness, Transport
 from continuum.training.schedules import OneCycle, Schedule, Steps
@@ -28,7 +29,9 @@ __all__ = [
     "Launch",
     "LogCost",
     "LogSmoothness",
+    "Nesterov",
     "OneCycle",
+    "OptimizerCallable",
     "Refine",
     "Schedule",
     "Steps",

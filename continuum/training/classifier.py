@@ -1,4 +1,4 @@
-"""Classification of images by any network: cross-entropy, SGD with Nesterov momentum, a learning-rate schedule."""
+"""Classification of images by any network: cross-entropy, any optimiser, a learning-rate schedule, any metrics."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -10,12 +10,11 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim import SGD
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from continuum.fields import Field
 from continuum.models import Network
-from continuum.models.checkpoint import KEY, CheckpointError, description, replay, solve_as
+from continuum.models.checkpoint import KEY, CheckpointError, check_builder, description, replay, solve_as
 from continuum.models.failure import not_finite
 from continuum.noise.base import drops_branches, stochastic_fields
 from continuum.solvers import SolveError
@@ -23,8 +22,9 @@ from continuum.training.batches import channels_last
 from continuum.training.callbacks import averaging
 from continuum.training.data import ImageData
 from continuum.training.endings import WholeFiles
-from continuum.training.fitting import check_fit
+from continuum.training.fitting import check_fit, check_metrics
 from continuum.training.images import keyed_generator, keyed_seed
+from continuum.training.optimizers import OptimizerCallable, fuse, optimizer_of
 from continuum.training.regularisers import DepthSmoothness, Transport, check_random_ends, random_ends
 from continuum.training.schedules import Schedule
 from continuum.training.tally import Batch
@@ -39,11 +39,12 @@ class Classifier(Updates):
 
     Args:
         network: any `Network` from images to logits.
-        learning_rate: the largest learning rate of SGD.
-        momentum: Nesterov's momentum.
-        weight_decay: on all parameters except the k of LM-ResNet, which it would pull away from ResNet.
+        optimizer: what makes the optimiser: a class of torch.optim, or a partial of one with its arguments; None is `Nesterov`.
+            Weight decay spares the k of LM-ResNet, which it would pull away from ResNet.
         label_smoothing: the share of the target spread evenly over the classes.
         schedule: OneCycle, or Steps; None keeps the learning rate.
+        metrics: of logits and labels, logged in validation and test as val/NAME and test/NAME, beside the accuracy, or in its
+            place under that name.
         samples: how often `predict` draws the noise of a stochastic network; 0 is the drift alone.
         smoothness: a penalty on weights that change fast with depth, logged as train/smoothness.
         transport: a penalty on the energies of the paths, logged as train/transport.
@@ -52,10 +53,12 @@ class Classifier(Updates):
     The penalties and random ends are of training alone. train/loss is the cross-entropy without penalties.
 
     Raises:
-        ValueError: a learning rate that is not positive and finite; a negative number of samples; an `end_time` that is
-            negative or not less than a flow's depth; layers of several kinds under `smoothness`.
-        TypeError: `smoothness` without weights that vary with depth, `transport` of flows whose scheme or noise does not
-            allow an integral, `end_time` under fixed steps, noise or a learnt depth.
+        ValueError: a learning rate that is not positive and finite, or other arguments that the optimiser refuses; a metric
+            that is none or called loss; a negative number of samples; an `end_time` that is negative or not less than a flow's
+            depth; layers of several kinds under `smoothness`.
+        TypeError: an `optimizer` that makes none, or one whose steps evaluate the loss several times; `smoothness` without
+            weights that vary with depth, `transport` of flows whose scheme or noise does not allow an integral, `end_time`
+            under fixed steps, noise or a learnt depth.
         SolveError: a solve failed, or a loss, a statistic of BatchNorm or a gradient is not finite; with weights, momentum and
             buffers as they were after the last good step (see `Updates` for when it is seen). Under several ranks all of them
             raise; an adjoint that fails on the way back raises on its rank alone.
@@ -64,19 +67,16 @@ class Classifier(Updates):
     def __init__(
         self,
         network: Network,
-        learning_rate: float = 0.1,
-        momentum: float = 0.9,
-        weight_decay: float = 1e-4,
+        optimizer: OptimizerCallable | None = None,
         label_smoothing: float = 0.0,
         schedule: Schedule | None = None,
+        metrics: dict[str, Metric] | None = None,
         samples: int = 0,
         smoothness: DepthSmoothness | None = None,
         transport: Transport | None = None,
         end_time: float = 0.0,
     ) -> None:
         super().__init__()
-        if not 0 < learning_rate < float("inf"):
-            raise ValueError(f"learning_rate is a positive number, not {learning_rate}")
         if samples < 0:
             raise ValueError(f"samples is how often a stochastic network predicts each image, not {samples}")
         self.network = network
@@ -84,6 +84,7 @@ class Classifier(Updates):
         self.transport = transport
         self.end_time = end_time
         # Look at once for what the first training step would stumble over.
+        optimizer_of(network, optimizer)
         if smoothness is not None:
             with torch.no_grad():
                 smoothness(network)
@@ -91,9 +92,7 @@ class Classifier(Updates):
             transport.check(network)
         if end_time:
             check_random_ends(network, end_time)
-        self.learning_rate = learning_rate
-        self.momentum = momentum
-        self.weight_decay = weight_decay
+        self.optimizer = optimizer
         self.schedule = schedule
         self.samples = samples
         self.noise_seed: int | None = None
@@ -101,8 +100,11 @@ class Classifier(Updates):
         """Whether a solve may fail on one of several ranks, and the others have to hear of it."""
         self.broken, self.seen = torch.zeros((), dtype=torch.int64), 0
         self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
-        self.val_accuracy = MulticlassAccuracy(None, average="micro")
-        self.test_accuracy = MulticlassAccuracy(None, average="micro")
+        chosen = {"accuracy": MulticlassAccuracy(None, average="micro"), **(metrics or {})}
+        for name, metric in chosen.items():
+            if name == "loss" or not isinstance(metric, Metric):
+                raise ValueError(f"metrics are those of torchmetrics by names other than loss, not {name}: {metric!r}")
+        self.metrics = nn.ModuleDict(chosen)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images)
@@ -111,11 +113,12 @@ class Classifier(Updates):
         """Look at the images that a data module has made ready.
 
         Raises:
-            DataError: the network does not take them, or has not one output a class.
+            DataError: the network does not take them, or has not one output a class; a metric that is not one number of them.
         """
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, ImageData):
             check_fit(self.network, data)
+            check_metrics(self.metrics, data.num_classes)
         strategy = self.trainer.strategy
         if type(strategy.checkpoint_io) is TorchCheckpointIO:
             strategy.checkpoint_io = WholeFiles()
@@ -162,7 +165,7 @@ class Classifier(Updates):
             yield
 
     def on_fit_start(self) -> None:
-        """Take the seed of the noise from torch's generator, unless a checkpoint has brought it.
+        """Take the seed of the noise from torch's generator, unless a checkpoint has brought it; tell loggers what is trained.
 
         Raises:
             ValueError: a network that drops branches, under DistributedDataParallel that waits for all of their gradients; or
@@ -185,6 +188,24 @@ class Classifier(Updates):
                 "a branch that is dropped has no gradient, and DistributedDataParallel would wait for it: train with "
                 "strategy='ddp_find_unused_parameters_true'"
             )
+        for logger in self.loggers:
+            logger.log_hyperparams(self._hyperparameters())
+
+    def _hyperparameters(self) -> dict[str, int | float | str | None]:
+        """What a run is made of, by name, as its loggers are told: network, solver, optimiser, schedule and size of a batch."""
+        blueprint, data = self.network.blueprint, getattr(self.trainer, "datamodule", None)
+        built = ("Network", {}) if blueprint is None else (blueprint.builder, blueprint.arguments)
+        (optimizer,) = self.trainer.optimizers
+        parts = {"network": built, "optimizer": (type(optimizer).__name__, optimizer.defaults)}
+        if self.schedule is not None:
+            parts["schedule"] = type(self.schedule).__name__, vars(self.schedule)
+        found: dict[str, Any] = {
+            "solver": " and ".join(sorted({str(flow.solver) for flow in self.network.flows})),
+            "batch_size": getattr(data, "batch_size", None),
+        }
+        for part, (name, arguments) in parts.items():
+            found |= {part: name, **{f"{part}/{argument}": value for argument, value in arguments.items()}}
+        return {name: value if isinstance(value, int | float | None) else str(value) for name, value in found.items()}
 
     def _take_noise_seed(self) -> None:
         if self.noise_seed is None:
@@ -224,18 +245,20 @@ class Classifier(Updates):
         self.seen += len(logits)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate("val", self.val_accuracy, batch)
+        self._evaluate("val", batch)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate("test", self.test_accuracy, batch)
+        self._evaluate("test", batch)
 
-    def _evaluate(self, stage: str, accuracy: MulticlassAccuracy, batch: Batch) -> None:
+    def _evaluate(self, stage: str, batch: Batch) -> None:
         images, labels = batch
         logits = self(images)
         self._look(logits)
-        accuracy(logits, labels)
         self.log(f"{stage}/loss", self.loss(logits, labels), batch_size=len(labels), prog_bar=True, sync_dist=True)
-        self.log(f"{stage}/accuracy", accuracy, on_step=False, on_epoch=True, prog_bar=True)
+        for name, metric in self.metrics.items():
+            assert isinstance(metric, Metric)
+            metric.update(logits, labels)
+            self.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, prog_bar=True)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The probabilities of the classes, (batch, classes); with `samples`, one such table a sample of the noise, stacked
@@ -260,18 +283,9 @@ class Classifier(Updates):
             raise TypeError("samples need noise, and no field of this network is a StochasticField: leave samples at 0")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        friction = {id(module.friction()[1]) for module in self.network.modules() if isinstance(module, Field)}
-        parameters = list(self.network.parameters())
-        groups = [
-            {"params": [p for p in parameters if id(p) not in friction], "weight_decay": self.weight_decay},
-            {"params": [p for p in parameters if id(p) in friction], "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
-        fused = self.device.type in ("cpu", "cuda") and self.scaler is None
-        optimizer = SGD(groups, lr=self.learning_rate, momentum=self.momentum, nesterov=self.momentum > 0, fused=fused)
-        for parameter in parameters if self.momentum else ():
-            # As torch's first step would make them; its fused update takes all momenta or none, and branches may be dropped.
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        optimizer = optimizer_of(self.network, self.optimizer)
+        if self.device.type in ("cpu", "cuda") and self.scaler is None:
+            fuse(optimizer)
         if self.schedule is None:
             return optimizer
         scheduler = self.schedule.build(optimizer, self.trainer.estimated_stepping_batches)
@@ -296,11 +310,13 @@ class Classifier(Updates):
         """Refine and project the network as the checkpoint's was, so that its weights fit; go on with its noise.
 
         Raises:
-            CheckpointError: this network was changed otherwise, or it would change beside a callback that averages weights.
+            CheckpointError: this network is of another builder, was changed otherwise, or would change beside a callback that
+                averages weights.
         """
         self.noise_seed = checkpoint.get(NOISE, self.noise_seed)
         if self.network.blueprint is None or KEY not in checkpoint:
             return
+        check_builder(checkpoint[KEY].get("builder"), self.network.blueprint.builder, "the checkpoint")
         known = [list(change) for change in self.network.blueprint.changes]
         changes = [list(change) for change in checkpoint[KEY].get("changes", [])]
         if changes[: len(known)] != known:

@@ -2,8 +2,10 @@
 
 import torch
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from continuum.models import Network
+from continuum.models.archive import one_line
 from continuum.solvers import SolveError
 from continuum.solvers.base import evaluating
 from continuum.training.data import ImageData
@@ -67,3 +69,19 @@ def _needed(network: Network, images: Tensor) -> str:
 
 def _counted(number: int, noun: str, plural: str = "s") -> str:
     return f"{number} {noun}{'' if number == 1 else plural}"
+
+
+def check_metrics(metrics: nn.ModuleDict, classes: int) -> None:
+    """Take each metric of one image a class.
+
+    Raises:
+        DataError: one cannot be taken of so many classes, or is not a single number.
+    """
+    for name, metric in metrics.items():
+        assert isinstance(metric, Metric)
+        try:
+            found = metric.clone().cpu()(torch.eye(classes), torch.arange(classes))
+        except Exception as error:  # whatever a metric says of what it cannot be taken of
+            raise DataError(f"the metric {name} cannot be taken of {classes} classes: {one_line(error)}") from None
+        if not isinstance(found, Tensor) or found.numel() != 1:
+            raise DataError(f"the metric {name} is not one number, as a log needs it: give it an average, such as macro")

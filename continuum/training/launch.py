@@ -99,14 +99,16 @@ class Launch:
         """The step on the static batch, with learning rates that a replay reads anew."""
         assert self.static is not None
         groups = self.optimizer.param_groups
-        numbers = [group["lr"] for group in groups]
+        before = [dict(group) for group in groups]
         for group, rate in zip(groups, self.rates, strict=True):
             group["lr"] = rate
+            if "capturable" in group:  # as Adam asks to be told
+                group["capturable"] = True
         try:
             return self.step(self.static)
         finally:
-            for group, number in zip(groups, numbers, strict=True):
-                group["lr"] = number
+            for group, old in zip(groups, before, strict=True):
+                group.update(old)
 
 
 class Compile(Callback):

@@ -17,8 +17,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from continuum.models import Network
+from continuum.models.archive import CheckpointError
 from continuum.models.failure import cause_of
 from continuum.solvers import SolveError
+from continuum.training.optimizers import leaves_out
 from continuum.training.tally import Batch, Tally
 
 
@@ -77,8 +79,19 @@ class Updates(pl.LightningModule):
         self.forget()
 
     def on_train_start(self) -> None:
-        """Give momenta the strides of their weights: a fused update reads both as they lie in memory."""
+        """Give momenta the strides of their weights: a fused update reads both as they lie in memory.
+
+        Raises:
+            CheckpointError: a checkpoint has brought the options of another optimiser.
+        """
         for optimizer in self.trainer.optimizers:
+            # Of torch itself, when it loads, is the default differentiable.
+            missing = optimizer.defaults.keys() - optimizer.param_groups[0].keys() - {"differentiable"}
+            if missing:
+                raise CheckpointError(
+                    f"the checkpoint is of another optimiser than {type(optimizer).__name__}, without its "
+                    f"{', '.join(sorted(missing))}: go on with that one, or begin anew from the weights, by continuum.load"
+                )
             for weight, state in optimizer.state.items():
                 for name, value in state.items():
                     if isinstance(value, Tensor) and value.shape == weight.shape and value.stride() != weight.stride():
@@ -158,7 +171,7 @@ class Updates(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         if clip := self.trainer.gradient_clip_val:
             self.configure_gradient_clipping(optimizer, clip, self.trainer.gradient_clip_algorithm)
-        if self.tally is not None and self.scaler is None:
+        if self.tally is not None and self.looks_itself(optimizer):
             optimizer.found_inf = self.tally.found_inf  # pyright: ignore[reportAttributeAccessIssue]
 
     def on_train_epoch_start(self) -> None:
@@ -243,7 +256,7 @@ class Updates(pl.LightningModule):
 
     def looks_itself(self, optimizer: Optimizer) -> bool:
         """Whether the optimiser leaves out an update by `found_inf`."""
-        return self.scaler is None and all(group.get("fused") for group in optimizer.param_groups)
+        return self.scaler is None and leaves_out(optimizer)
 
     def _zero_grad(self, optimizer: Optimizer) -> None:
         for callback in self.trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]

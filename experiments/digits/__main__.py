@@ -7,7 +7,7 @@ from functools import partial
 
 import pytorch_lightning as pl
 
-from continuum.training import Classifier, Digits, OneCycle
+from continuum.training import Classifier, Digits, Nesterov, OneCycle
 from continuum.zoo import odenet
 from experiments.common import Experiment, Row, spread, table
 
@@ -27,7 +27,7 @@ def validated(recipe: Row, seed: int) -> Row:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    classifier = Classifier(network, recipe["learning_rate"], schedule=OneCycle(recipe["warmup"]))
+    classifier = Classifier(network, partial(Nesterov, lr=recipe["learning_rate"]), schedule=OneCycle(recipe["warmup"]))
     trainer.fit(classifier, Digits(batch_size=recipe["batch_size"], seed=seed))
     found = trainer.callback_metrics
     return {"accuracy": round(100 * float(found["val/accuracy"]), 2), "loss": round(float(found["val/loss"]), 4)}

@@ -52,6 +52,10 @@ ODD += ({"class_path": f"{PLANTED}.Evil"}, f"!!python/object:{PLANTED}.Evil")
 OWN = (*(str(value)[:50] for value in ODD if PLANTED not in str(value) and value not in (10**9, 600_000_000)), "2", "0.5")
 """A configuration is the user's own: it may name modules, and widths that fill the memory."""
 
+BUILDERS = ("Network", "WritePredictions", f"{PLANTED}.Evil", f"{PLANTED}.evil", "__class__", "os.system", "__main__.main")
+BUILDERS += (f"{PLANTED}.evil --builder {PLANTED}.evil", f"{PLANTED}\n\x1b[2J.evil", f"{PLANTED}:evil", ".", "a." * 10_000)
+"""Names in the place of a builder's, some of them import paths."""
+
 ARGUMENTS = ("width", "stages", "solver", "in_channels", "new", "downsample")
 
 
@@ -91,7 +95,7 @@ def configuration(draw: random.Random) -> str:
         "model.network.class_path": "continuum.zoo.odenet",
         "model.network.init_args.downsample": "false",
         "model.network.init_args.width": "8",
-        "model.learning_rate": "0.1",
+        "model.label_smoothing": "0.1",
         "data.class_path": "continuum.training.Digits",
         "trainer.max_epochs": "1",
     }
@@ -163,7 +167,7 @@ def misstated(content: dict[str, Any], draw: random.Random) -> dict[str, Any]:
     stated = content["continuum"] = copy.deepcopy(content["continuum"])
     odd = copy.deepcopy(draw.choice(ODD))
     changes: list[Callable[[], Any]] = [
-        lambda: stated.update(builder=draw.choice([odd, "Network", "WritePredictions", f"{PLANTED}.Evil", "__class__"])),
+        lambda: stated.update(builder=draw.choice([odd, *BUILDERS])),
         lambda: stated["arguments"].update({draw.choice(ARGUMENTS): odd}),
         lambda: stated.update(arguments=odd),
         lambda: stated.update(solvers=draw.choice([odd, [odd], [f"{PLANTED}.evil"], ["rk4:h=1e-8"], ["euler", "euler"]])),

@@ -20,7 +20,7 @@ import continuum
 from continuum import Network, zoo
 from continuum.analysis.memory import wait
 from continuum.bench.fit import RandomImages, plain_steps
-from continuum.training import Classifier
+from continuum.training import Classifier, Nesterov
 from experiments.common import Row, seeded, table
 from experiments.gpu.jobs import Job, Part, Rows, Settings
 from experiments.gpu.trainings import one_launch, quiet
@@ -135,7 +135,7 @@ def fitted(
     network: Network, data: RandomImages, precision: str, device: torch.device, callbacks: list[pl.Callback], watch: Watch
 ) -> None:
     trainer = quiet(device, [*callbacks, watch], PRECISIONS[precision], max_epochs=-1)
-    trainer.fit(Classifier(network, learning_rate=0.01), data)
+    trainer.fit(Classifier(network, partial(Nesterov, lr=0.01)), data)
 
 
 def looped(steps: Steps, batch: int, watch: Watch) -> None:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 
 from continuum import Network
 from continuum.bench.fit import RandomImages
-from continuum.training import Classifier, Compile, FashionMNIST, ImageData, Steps
+from continuum.training import Classifier, Compile, FashionMNIST, ImageData, Nesterov, Steps
 from experiments.common import History, Row, cifar10, evaluated, seeded
 from experiments.gpu.jobs import Job, Rows, Settings
 
@@ -85,7 +86,9 @@ class Training:
         last = self.checkpoints / "last.ckpt"
         keep = ModelCheckpoint(self.checkpoints, "last", save_on_train_epoch_end=True, enable_version_counter=False)
         classifier = Classifier(
-            network, recipe.learning_rate, weight_decay=recipe.weight_decay, schedule=Steps(recipe.milestones)
+            network,
+            partial(Nesterov, lr=recipe.learning_rate, weight_decay=recipe.weight_decay),
+            schedule=Steps(recipe.milestones),
         )
         torch.manual_seed(self.seed)  # of the noise
         trainer = quiet(

@@ -22,7 +22,7 @@ from continuum.bench.fit import RandomImages
 from continuum.fields import Autonomous, PreActivation
 from continuum.fields.branches import group_norm
 from continuum.solvers import SolveError, parse
-from continuum.training import Classifier
+from continuum.training import Classifier, Nesterov
 from continuum.verify.certificate import certify, small, some_images
 from continuum.zoo import preresnet, revnet
 from experiments.common import Row, seeded, table
@@ -68,7 +68,7 @@ def network_of(width: int = 8) -> Network:
 
 def fit(network: Network, callbacks: Sequence[pl.Callback], device: torch.device, precision: str = "32-true") -> Classifier:
     """So many steps of training on random images."""
-    classifier = Classifier(network, learning_rate=0.05)
+    classifier = Classifier(network, partial(Nesterov, lr=0.05))
     torch.manual_seed(0)
     quiet(device, callbacks, precision, max_epochs=1).fit(classifier, RandomImages(STEPS * 16, 32, 16))
     return classifier

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from runs import CONFIG, NETWORK, same_state
 
 import continuum
@@ -159,7 +160,7 @@ def test_an_unknown_key_is_named_with_its_line(refused) -> None:
     for key, text in {
         "widht": CONFIG.replace("width", "widht"),
         "trainr": f"trainr: 1\n{CONFIG}",
-        "learning_rat": CONFIG.replace("model:\n", "model:\n  learning_rat: 1\n"),
+        "optimiser": CONFIG.replace("model:\n", "model:\n  optimiser: SGD\n"),
     }.items():
         number = next(n for n, content in enumerate(text.splitlines(), 1) if key in content)
         Path("config.yaml").write_text(text)
@@ -376,8 +377,8 @@ def test_a_network_without_a_flow_is_tested_and_not_compared(refused) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--model.learning_rate", "nan"), "learning_rate"),
-        (("--model.learning_rate", "-1"), "learning_rate"),
+        (("--model.optimizer", "{class_path: Nesterov, init_args: {lr: .nan}}"), "learning rate lr of Nesterov"),
+        (("--model.optimizer", "{class_path: AdamW, init_args: {lr: -1}}"), "learning rate"),
         (("--seed_everything", "-1"), "seed"),
         (("--model.network.init_args.width", str(-(2**63))), ""),
     ],
@@ -406,3 +407,150 @@ def test_every_flow_is_tested_under_its_own_solver() -> None:
         data.setup()
         expected = torch.cat([torch.softmax(network(images), 1) for images, _ in data.test_batches()]).detach()
         torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=2e-6)
+
+
+# Networks of one's own
+MINE = """from torch import nn
+from continuum import Flow, Network
+from continuum.fields import Autonomous
+from continuum.models import builder
+from continuum.noise import StochasticDepth
+
+open("imported", "w").close()
+
+
+def parts(width):
+    field = Autonomous(nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.Tanh()))
+    return nn.Conv2d(1, width, 3), field, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
+
+
+@builder
+def mine(width: int = 4, solver: str = "euler:h=1") -> Network:
+    stem, field, head = parts(width)
+    return Network(stem, [Flow(field, solver, depth=1)], head)
+
+
+@builder
+def noisy(width: int = 4) -> Network:
+    stem, field, head = parts(width)
+    return Network(stem, [Flow(StochasticDepth(field, 0.5), "euler_maruyama", depth=1)], head)
+
+
+def bare(width: int = 4) -> Network:
+    return mine(width)
+"""
+LAST = "checkpoints/last.ckpt"
+READERS = {
+    "validate": ("validate", "--ckpt_path", LAST, *QUIET),
+    "test": ("test", "--ckpt_path", LAST, *QUIET),
+    "predict": ("predict", "--ckpt_path", LAST, *QUIET),
+    "compare": ("compare", LAST, "--solver", "rk4:h=1", "--images", "4", "--device", "cpu"),
+    "analyse": ("analyse", LAST, "--images", "4", "--device", "cpu"),
+    "weak": ("weak", LAST, "--images", "4", "--paths", "2", "--steps", "2", "--device", "cpu"),
+    "convert": ("convert", LAST, "network.pt2", "--solver", "rk4:h=1", "--image_size", "8"),
+    "verify": ("verify", LAST),
+}
+"""Every command that reads a checkpoint."""
+
+
+@pytest.fixture
+def own_network(command_line: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module of the user's, which leaves a mark when it is imported, and a checkpoint of its `mine`."""
+    Path("mynet.py").write_text(MINE)
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    monkeypatch.delitem(sys.modules, "mynet", raising=False)
+    run("fit", "--model.network", "mynet.mine", "--model.network.init_args.width", "3", *QUIET, "--trainer.max_steps", "1")
+    forget()
+
+
+def forget() -> None:
+    del sys.modules["mynet"]
+    Path("imported").unlink()
+
+
+@pytest.mark.usefixtures("own_network")
+def test_every_command_reads_a_network_of_ones_own(capsys: pytest.CaptureFixture[str], refused) -> None:
+    written = {"predict": "predictions.csv", "compare": "compare/compare.csv", "analyse": "analyse/report.html"}
+    for name in ("validate", "test", "predict", "compare", "analyse", "convert"):
+        capsys.readouterr()
+        run(*READERS[name], "--builder", "mynet.mine")
+        out = capsys.readouterr().out
+        assert name not in ("validate", "test") or f"{'val' if name == 'validate' else 'test'}/accuracy" in out
+    assert all((Path("checkpoints") / file).stat().st_size for file in written.values())
+    assert Path("network.pt2").stat().st_size
+    assert "a network without noise" in refused(*READERS["weak"], "--builder", "mynet.mine")
+    assert "mynet.mine" in refused(*READERS["verify"], "--builder", "mynet.mine")
+    run("fit", "--model.network", "mynet.noisy", *QUIET, "--trainer.max_steps", "1")
+    run(*READERS["weak"], "--builder", "mynet.noisy")
+    assert Path("checkpoints/weak/weak.csv").is_file()
+
+
+@pytest.mark.usefixtures("own_network")
+def test_a_config_names_the_builder_too(refused) -> None:
+    run("test", "--config", "config.yaml", "--ckpt_path", LAST, *QUIET)
+    run("fit", "--config", "config.yaml", "--ckpt_path", LAST, *QUIET, "--trainer.max_steps", "2")
+    assert torch.load(LAST, weights_only=True)["global_step"] == 2
+    both = refused("test", "--config", "config.yaml", "--model.network", "mynet.noisy", "--ckpt_path", LAST, *QUIET)
+    assert all(name in both for name in ("'mynet.mine'", "'mynet.noisy'"))
+    assert "leave --builder out" in refused("test", "--config", "config.yaml", "--builder", "mynet.mine", *QUIET)
+    assert "leave --builder out" in refused("fit", "--builder", "mynet.mine", *QUIET)
+
+
+@pytest.mark.usefixtures("own_network")
+@pytest.mark.parametrize("name", READERS)
+def test_nothing_is_imported_because_a_file_asks_for_it(refused, name: str) -> None:
+    message = refused(*READERS[name])
+    assert all(
+        words in message for words in ("'mynet.mine'", "nothing is imported because a file asks", "--builder mynet.mine")
+    )
+    assert not Path("imported").exists()
+    both = refused(*READERS[name], "--builder", "mynet.noisy")
+    assert all(words in both for words in (LAST, "'mynet.mine'", "'mynet.noisy'"))
+    for wrong, words in {
+        "mynet.bare": "decorate the function with @continuum.models.builder",
+        "os.system": "decorate",
+        "nowhere.mine": "No module named 'nowhere'",
+        "mynet.nothing": "nothing",
+        "": "cannot be imported",
+    }.items():
+        assert words in refused(*READERS[name], "--builder", wrong)
+
+
+@pytest.mark.usefixtures("own_network")
+def test_a_builder_of_another_name_is_not_typed_from_a_file(refused) -> None:
+    """What is no import path is not repeated as an option."""
+    content = torch.load(LAST, weights_only=True)
+    for name in ("mynet.mine --builder os.system", "mynet\n\x1b[2Jmine", "a" * 10**6, "mynet..mine", "", "x.<locals>.mine"):
+        content["continuum"]["builder"] = name
+        torch.save(content, LAST)
+        for command in ("test", "compare"):
+            message = refused(*READERS[command])
+            assert "is no import path" in message
+            assert "\x1b" not in message
+            assert len(message) < 400
+    assert not Path("imported").exists()
+    content["continuum"]["builder"] = "mine"  # as files of before have it
+    torch.save(content, LAST)
+    assert "--builder MODULE.mine" in refused(*READERS["test"])
+    run(*READERS["test"], "--builder", "mynet.mine")
+
+
+def test_any_optimiser_and_any_metrics_of_torch(refused) -> None:
+    """With the defaults of its class, not those of ours."""
+    run("fit", *QUIET, "--model.optimizer", "AdamW", "--trainer.max_steps", "1")
+    (group,) = torch.load(LAST, weights_only=True)["optimizer_states"][0]["param_groups"]
+    assert (group["initial_lr"], group["weight_decay"], group["betas"]) == (1e-3, 1e-2, (0.9, 0.999))
+    f1 = "{class_path: torchmetrics.classification.MulticlassF1Score, init_args: {num_classes: 10}}"
+    chosen = "optimizer: {class_path: torch.optim.RMSprop, init_args: {lr: 2.0e-3, momentum: 0.5}}"
+    more = f"model:\n  {chosen}\n  metrics: {{f1: {f1}}}\n  network"
+    Path("config.yaml").write_text(CONFIG.replace("model:\n  network", more))
+    run("fit", "--config", "config.yaml", "--trainer.max_steps", "2")
+    (row,) = (row for row in table("runs/small/metrics.csv") if row["val/f1"])
+    assert 0 <= float(row["val/f1"]) <= 1
+    assert row["val/accuracy"]
+    told = yaml.safe_load(Path("runs/small/hparams.yaml").read_text())
+    assert told.items() >= {"network": "odenet", "optimizer": "RMSprop", "optimizer/momentum": 0.5, "batch_size": 32}.items()
+    assert "AdamV" in refused(*SHORT, "--model.optimizer", "AdamV")
+    assert "momentum" in refused(*SHORT, "--model.optimizer", "AdamW", "--model.optimizer.momentum", "0.9")
+    assert "LBFGS" in refused(*SHORT, "--model.optimizer", "LBFGS")
+    assert "--model.optimizer Nesterov" in refused("fit", *QUIET, "--model.optimizer.lr", "0.2")

@@ -206,7 +206,7 @@ def changed(path, **changes):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"builder": "densenet"}, ["densenet", "preresnet", "builder"]),
+        ({"builder": "densenet"}, ["'densenet'", "not in the zoo", "--builder MODULE.densenet"]),
         ({"builder": None}, ["builder"]),
         ({"builder": ["mlp"]}, ["builder"]),
         ({"arguments": {"layers": 3}}, ["layers"]),
@@ -256,15 +256,36 @@ def own(hidden: int = 4, scales: tuple[float, ...] = (1.0, 2.0), field: object =
     return Network(Augment(1), [Flow(field, "euler", depth=1)], nn.Linear(3, len(scales)).to(FLOAT64))
 
 
+@builder
+def other_own(hidden: int = 4) -> Network:
+    return own(hidden)
+
+
 def test_a_network_of_ones_own_needs_its_builder(path):
     torch.manual_seed(0)
     network, x = own(6), torch.randn(2, 2, dtype=FLOAT64)
     save(network, path)
+    name = f"{__name__}.own"
     text = refusal(path)
-    assert "'own'" in text
-    assert "pass its builder" in text
+    assert all(words in text for words in (repr(name), f"--builder {name}", "pass its builder", "builder=own"))
     assert_same(network, load(path, builder=own), x)
     assert "weights" in refusal(path, builder=lambda **arguments: mlp())
+    for other in (mlp, other_own):  # the first of them is the zoo's, whose name has no module
+        text = refusal(path, builder=other)
+        assert all(repr(words) in text for words in (name, other.__builder__))
+    for moved in ("own", "__main__.own"):  # a file of before, or of a script, does not say the module
+        changed(path, builder=moved)
+        assert "--builder MODULE.own" in refusal(path)
+        assert_same(network, load(path, builder=own), x)
+    changed(path, builder="elsewhere.own")
+    assert "lambda" in refusal(path, builder=own)
+    changed(path, builder="elsewhere.mlp")
+    assert "'elsewhere.mlp', not by 'mlp'" in refusal(path, builder=mlp)
+    changed(path, builder="elsewhere.own")
+    assert_same(network, load(path, builder=lambda **arguments: own(**arguments)), x)
+    changed(path, builder="own\n\x1b[2J" * 1000)
+    for stand_in in (None, lambda **arguments: mlp()):  # the text of a file is shown as one line, whoever builds
+        assert "\x1b" not in refusal(path, builder=stand_in)
 
 
 def test_networks_that_a_file_cannot_describe(path):

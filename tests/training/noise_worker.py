@@ -5,6 +5,7 @@ Lightning starts one process a rank from these variables, as torchrun would; the
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -13,7 +14,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from runs import quiet_trainer
 
 import continuum
-from continuum.training import Classifier, Digits
+from continuum.training import Classifier, Digits, Nesterov
 
 
 class Watched(Classifier):
@@ -32,7 +33,7 @@ def main(rank: int, folder: Path, solver: str, port: str) -> None:
     )
     pl.seed_everything(0)
     network = continuum.zoo.stochastic_depth_resnet(14, width=8, in_channels=1, solver=solver)
-    model = Watched(network, learning_rate=0.01)
+    model = Watched(network, partial(Nesterov, lr=0.01))
     model.drawn = []
     strategy = DDPStrategy(process_group_backend="gloo", find_unused_parameters=True)
     trainer = quiet_trainer(max_steps=4, devices=2, strategy=strategy, limit_val_batches=0)

@@ -1,6 +1,7 @@
 """Callbacks that follow the weights in depth, and the step that adapts until the solver no longer matters."""
 
 import copy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import continuum
 from continuum import Adaptive, Field, Flow, Network
 from continuum.analysis.momentum import frictions
 from continuum.solvers import parse
-from continuum.training import AdaptStep, Classifier, Digits, KeepFriction, LogSmoothness, Refine
+from continuum.training import AdaptStep, Classifier, Digits, KeepFriction, LogSmoothness, Nesterov, Refine
 from continuum.training.adaptation import coarser, finer, more_precise, tighter
 from continuum.weights import depth_smoothness
 
@@ -25,7 +26,7 @@ def fit(
 ) -> tuple[Classifier, pl.Trainer]:
     """Four steps an epoch."""
     data, limits = Digits(batch_size=32, train_size=128, crop=0), {"default_root_dir": folder, "limit_val_batches": 1}
-    model = runs.fit(network, data, callbacks, resume, {"learning_rate": 0.01}, max_epochs=epochs, **limits)
+    model = runs.fit(network, data, callbacks, resume, {"optimizer": partial(Nesterov, lr=0.01)}, max_epochs=epochs, **limits)
     return model, model.trainer
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -18,7 +19,7 @@ from continuum import Autonomous, Expansion, Flow, Momentum, Network, PiecewiseC
 from continuum.bases import Basis, Box, Chebyshev, Fourier, Hat, Legendre
 from continuum.cli import main
 from continuum.fields import MLP, Function, Scaled
-from continuum.training import Classifier, DepthSmoothness, Digits, Transport
+from continuum.training import Classifier, DepthSmoothness, Digits, Nesterov, Transport
 from continuum.training.regularisers import random_ends
 from continuum.weights import depth_smoothness
 from continuum.zoo import BUILDERS
@@ -259,7 +260,9 @@ def test_signs_are_drawn_anew_for_every_pass_and_differ_between_images() -> None
 def fit(network: Network, callbacks: Sequence[pl.Callback] = (), **options: object) -> tuple[Classifier, pl.Trainer]:
     """Five steps."""
     data, limits = Digits(batch_size=32, train_size=160, crop=0), {"limit_val_batches": 1, "log_every_n_steps": 1}
-    model = runs.fit(network, data, callbacks, None, {"learning_rate": 0.05, **options}, max_steps=5, **limits)
+    model = runs.fit(
+        network, data, callbacks, None, {"optimizer": partial(Nesterov, lr=0.05), **options}, max_steps=5, **limits
+    )
     return model, model.trainer
 
 

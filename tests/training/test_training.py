@@ -4,6 +4,7 @@ import csv
 import itertools
 import socket
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,19 @@ import pytest
 import pytorch_lightning as pl
 import runs
 import torch
+import yaml
 from PIL import Image
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.strategies import DDPStrategy
 from runs import StopAt, in_two_processes, quiet_trainer, same_state
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 import continuum
 from continuum.models.checkpoint import KEY, description
 from continuum.models.failure import find_failure
-from continuum.training import Classifier, Digits, ImageFolder, LogCost, OneCycle, Schedule, Steps, WritePredictions
+from continuum.training import Classifier, Digits, ImageFolder, LogCost, Nesterov, OneCycle, Schedule, Steps, WritePredictions
 from continuum.training.images import DataError
 
 
@@ -171,12 +176,13 @@ def test_where_a_state_outside_the_flows_breaks() -> None:
     assert "all logits are finite" in str(find_failure(network, torch.randn(2, 1, 8, 8)))
 
 
-def test_weight_decay_spares_k() -> None:
-    model = Classifier(continuum.zoo.lm_resnet(14, width=4), weight_decay=1e-4)
+@pytest.mark.parametrize("make", [Nesterov, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad])
+def test_weight_decay_spares_k(make: type[torch.optim.Optimizer]) -> None:
+    model = Classifier(continuum.zoo.lm_resnet(14, width=4), partial(make, weight_decay=1e-2))
     optimizer = model.configure_optimizers()
-    assert isinstance(optimizer, torch.optim.SGD)
+    assert isinstance(optimizer, make)
     decayed, spared = optimizer.param_groups
-    assert decayed["weight_decay"] == 1e-4
+    assert decayed["weight_decay"] == 1e-2
     assert spared["weight_decay"] == 0
     assert len(spared["params"]) == 3
     assert all(k.shape == () for k in spared["params"])
@@ -322,3 +328,79 @@ def test_a_network_that_does_not_fit_the_images_is_refused_first(network: Any, w
 def test_bad_schedules_are_refused(make: object) -> None:
     with pytest.raises(ValueError, match=r"share|increasing"):
         make()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (0.1, TypeError, "0.1 does not"),
+        (torch.optim.AdamW([torch.zeros(1)]), TypeError, "AdamW"),
+        (lambda groups: None, TypeError, "does not"),
+        (torch.optim.LBFGS, TypeError, "LBFGS evaluates the loss several times"),
+        (partial(Nesterov, lr=0.0), ValueError, "learning rate"),
+        (partial(torch.optim.AdamW, lr=float("nan")), ValueError, "nvalid learning rate"),
+        (partial(torch.optim.AdamW, betas=(2.0, 0.9)), ValueError, "beta"),
+    ],
+)
+def test_what_makes_no_optimiser_is_refused_at_once(make: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        Classifier(small_network(), make)
+
+
+def test_metrics_are_those_of_all_images(tmp_path: Path) -> None:
+    """In validation and test, beside the accuracy; in its place under its name."""
+    metrics = {"f1": MulticlassF1Score(10, average="macro"), "top3": MulticlassAccuracy(10, top_k=3, average="micro")}
+    torch.manual_seed(0)
+    model, data = Classifier(small_network(), metrics=metrics), Digits(batch_size=50, train_size=200)
+    trainer = quiet_trainer(max_epochs=1)
+    trainer.fit(model, data)
+    logged = {name: trainer.callback_metrics[f"val/{name}"] for name in ("loss", "accuracy", "f1", "top3")}
+    assert logged["top3"] >= logged["accuracy"]
+    trainer.test(model, data, verbose=False)
+    batches = list(data.test_batches())
+    logits, labels = torch.cat([model.network.eval()(images) for images, _ in batches]), torch.cat([y for _, y in batches])
+    for name, metric in {**metrics, "accuracy": MulticlassAccuracy(10, average="micro")}.items():
+        assert trainer.callback_metrics[f"test/{name}"].item() == pytest.approx(metric.clone()(logits, labels).item(), abs=1e-6)
+    other = Classifier(small_network(), metrics={"accuracy": MulticlassAccuracy(10, top_k=10, average="micro")})
+    quiet_trainer().test(other, data, verbose=False)
+    assert other.trainer.callback_metrics["test/accuracy"] == 1
+
+
+@pytest.mark.parametrize(
+    ("metric", "words"),
+    [
+        (MulticlassF1Score(7), "f1 cannot be taken of 10 classes"),
+        (MulticlassF1Score(10, average=None), "f1 is not one number.*average"),
+    ],
+)
+def test_a_metric_that_does_not_fit_is_refused_before_training(metric: Metric, words: str) -> None:
+    trainer = quiet_trainer(max_steps=1)
+    with pytest.raises(DataError, match=words):
+        trainer.fit(Classifier(small_network(), metrics={"f1": metric}), Digits())
+    assert trainer.global_step == 0
+    with pytest.raises(ValueError, match="other than loss"):
+        Classifier(small_network(), metrics={"loss": metric})
+
+
+def test_loggers_are_told_what_a_run_is_made_of(tmp_path: Path) -> None:
+    """Plain values, which both of the usual loggers write."""
+    loggers = [CSVLogger(tmp_path, "csv", ""), TensorBoardLogger(tmp_path, "board", "")]
+    trainer = pl.Trainer(
+        accelerator="cpu", max_steps=1, logger=loggers, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, limit_val_batches=0,
+    )  # fmt: skip
+    model = Classifier(small_network(), partial(torch.optim.AdamW, lr=2e-3), schedule=Steps([1, 2]))
+    trainer.fit(model, Digits(batch_size=20, train_size=40))
+    for folder in ("csv", "board"):
+        told = yaml.safe_load((tmp_path / folder / "hparams.yaml").read_text())
+        expected = {
+            "network": "preresnet",
+            "network/depth": 14,
+            "network/width": 4,
+            "solver": "euler:h=1",
+            "optimizer": "AdamW",
+        }
+        expected |= {"optimizer/lr": 2e-3, "optimizer/betas": "(0.9, 0.999)", "schedule": "Steps", "batch_size": 20}
+        assert told.items() >= expected.items()
+    (events,) = (tmp_path / "board").glob("events*")
+    assert b"optimizer/lr" in events.read_bytes()

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,13 +10,14 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from runs import quiet_trainer
-from torch import nn
+from torch import nn, optim
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
+from continuum import CheckpointError
 from continuum.models import Network
 from continuum.solvers import SolveError
-from continuum.training import Classifier, Launch, LogCost, OneCycle, Schedule, Steps
+from continuum.training import Classifier, Launch, LogCost, Nesterov, OneCycle, Schedule, Steps
 from continuum.training.launch import obstacle
 from continuum.zoo import lm_resnet, odenet, preresnet, stochastic_depth_resnet
 
@@ -39,9 +41,14 @@ def fit(model: Classifier, data: DataLoader[Any], *callbacks: pl.Callback, **opt
     return trainer
 
 
-def plain_loop(net: Network, data: DataLoader[Any], epochs: int, clip: float = 0.0, accumulated: int = 1) -> Network:
-    """SGD as it is written down, with torch's own update."""
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
+NESTEROV = partial(optim.SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
+
+
+def plain_loop(
+    net: Network, data: DataLoader[Any], epochs: int, clip: float = 0.0, accumulated: int = 1, make: Any = NESTEROV
+) -> Network:
+    """Training as it is written down, with torch's own update."""
+    optimizer = make(net.parameters())
     for _ in range(epochs):
         for number, (images, labels) in enumerate(data, 1):
             (nn.functional.cross_entropy(net(images), labels) / accumulated).backward()
@@ -71,7 +78,7 @@ def same(first: Network, second: Network, tolerance: float = 0.0) -> None:
 def test_fifty_steps_are_the_plain_loop(clip: float, accumulated: int, captured: bool) -> None:
     if captured and (clip or accumulated > 1):
         pytest.skip("is not captured")
-    model = Classifier(network(), weight_decay=1e-4)
+    model = Classifier(network())
     callbacks = [launched(model)] if captured else []
     fit(model, loader(9, last=3), *callbacks, max_epochs=5, gradient_clip_val=clip or None, accumulate_grad_batches=accumulated)
     same(model.network, plain_loop(network(), loader(9, last=3), 5, clip, accumulated), 1e-12)
@@ -193,6 +200,98 @@ def test_a_broken_step_is_named_at_the_next_reading_and_nothing_is_lost(make: Ca
     same(model.network, good.network)
 
 
+FUSED = {
+    "Nesterov": Nesterov,
+    "plain SGD": partial(optim.SGD, lr=0.1),
+    "Adam": partial(optim.Adam, lr=0.01, weight_decay=1e-3),
+    "AdamW": partial(optim.AdamW, lr=0.01, amsgrad=True),
+}
+READ = {
+    "dampening": partial(optim.SGD, lr=0.1, momentum=0.9, dampening=0.5),
+    "foreach": partial(optim.AdamW, lr=0.01, foreach=True),
+    "not fused": partial(optim.AdamW, lr=0.01, fused=False),
+    "RMSprop": partial(optim.RMSprop, lr=0.01, momentum=0.9),
+    "Adagrad": partial(optim.Adagrad, lr=0.01),
+    "NAdam": partial(optim.NAdam, lr=0.01),
+}
+"""What looks at the flag itself, and what is read before every update."""
+
+
+@pytest.mark.parametrize("name", [*FUSED, *READ])
+def test_every_optimiser_takes_torchs_own_steps(name: str) -> None:
+    make = {**FUSED, **READ}[name]
+    model = Classifier(network(), make)
+    trainer = fit(model, loader(9, last=3), max_epochs=3)
+    assert model.looks_itself(trainer.optimizers[0]) == (name in FUSED)
+    same(model.network, plain_loop(network(), loader(9, last=3), 3, make=make), 1e-9)
+
+
+def memory(trainer: pl.Trainer) -> list[Any]:
+    """What the optimiser keeps of every weight, as numbers."""
+    state = trainer.optimizers[0].state_dict()["state"]
+    return [(number, name, torch.as_tensor(kept).tolist()) for number in state for name, kept in state[number].items()]
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("name", [*FUSED, *READ])
+def test_a_broken_step_leaves_weights_moments_and_counts_of_steps(name: str, captured: bool) -> None:
+    """Those that follow it until it is read are left out too."""
+    if captured and name in READ:
+        pytest.skip("is not captured")
+    make = {**FUSED, **READ}[name]
+    good = Classifier(network(), make)
+    before = memory(fit(good, breaking(4, 9), limit_train_batches=4))
+    model, count = Classifier(network(), make), Count()
+    model.INTERVAL = 1e9
+    with pytest.raises(SolveError, match="in batch 4 of epoch 0"):
+        fit(model, breaking(4, 9), count, *([launched(model)] if captured else []))
+    assert count.steps == (8 if name in FUSED else 4)
+    same(model.network, good.network)
+    assert memory(model.trainer) == before
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_a_broken_first_step_leaves_moments_of_zero(name: str) -> None:
+    model = Classifier(network(), FUSED[name])
+    model.INTERVAL = 1e9
+    with pytest.raises(SolveError, match="in batch 0 of epoch 0"):
+        fit(model, breaking(0, 3))
+    same(model.network, network())
+    assert all(torch.tensor(kept).count_nonzero() == 0 for _, _, kept in memory(model.trainer))
+
+
+class Careless(optim.AdamW):
+    """Takes a step of its own, which knows of no flag."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for weight in group["params"]:
+                weight.data.sub_(group["lr"] * weight.grad)
+
+
+def test_a_class_with_a_step_of_its_own_is_read_before_every_update() -> None:
+    model = Classifier(network(), partial(Careless, fused=True))
+    good = Classifier(network(), Careless)
+    fit(good, breaking(4, 9), limit_train_batches=4)
+    model.INTERVAL = 1e9
+    with pytest.raises(SolveError, match="in batch 4 of epoch 0"):
+        fit(model, breaking(4, 9))
+    same(model.network, good.network)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "RMSprop"])
+def test_another_optimiser_does_not_go_on_from_a_checkpoint(name: str, tmp_path: Any) -> None:
+    make = {**FUSED, **READ}[name]
+    whole = Classifier(network(), make)
+    fit(whole, loader(4), max_epochs=2)
+    fit(Classifier(network(), make), loader(4)).save_checkpoint(tmp_path / "half.ckpt")
+    model = Classifier(network(), make)
+    quiet_trainer(max_epochs=2).fit(model, loader(4), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    same(model.network, whole.network)
+    with pytest.raises(CheckpointError, match="another optimiser than Nesterov, without its dampening"):
+        quiet_trainer(max_epochs=2).fit(Classifier(network()), loader(4), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+
+
 def test_a_checkpoint_is_not_written_over_by_a_broken_state(tmp_path: Any) -> None:
     kept = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=2)
     model = Classifier(network())
@@ -203,7 +302,7 @@ def test_a_checkpoint_is_not_written_over_by_a_broken_state(tmp_path: Any) -> No
 
 
 def test_readings_are_means_over_the_images(tmp_path: Any) -> None:
-    model = Classifier(network(), learning_rate=1e-12)
+    model = Classifier(network(), partial(Nesterov, lr=1e-12))
     trainer = fit(model, loader(4, last=3))
     with torch.no_grad():
         net = network().train()
@@ -253,7 +352,7 @@ def test_what_cannot_be_captured_says_why(make: Callable[..., Network], options:
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed", "bf16-true", "64-true"])
 def test_every_precision_trains(precision: str) -> None:
     torch.manual_seed(0)
-    model = Classifier(preresnet(14, width=4, in_channels=1), learning_rate=0.01)
+    model = Classifier(preresnet(14, width=4, in_channels=1), partial(Nesterov, lr=0.01))
     images, labels = loader(4).dataset.tensors  # type: ignore[attr-defined]
     kind = {"bf16-true": torch.bfloat16, "64-true": torch.float64}.get(precision, torch.float32)
     before = next(model.network.parameters()).detach().double()
