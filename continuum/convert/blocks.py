@@ -19,43 +19,40 @@ Function: TypeAlias = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
-class Dropped:
-    """A function behind which a path may be dropped: the module `drop` of the block acts on its result.
+class Summand:
+    """What a block adds: a function, and the module `drop` of the block, if it has one, that may drop the path behind it.
 
     Stochastic depth by image, divided by the probability that the path survives: eta f / p, as torchvision's `StochasticDepth`
     and timm's `DropPath` compute it.
     """
 
     function: Function
-    drop: str
+    drop: str = ""
 
     def __call__(self, block: nn.Module, x: Tensor, *context: Any) -> Tensor:
-        return getattr(block, self.drop)(self.function(block, x, *context))
-
-    @property
-    def __name__(self) -> str:
-        return self.function.__name__
+        path = self.function(block, x, *context)
+        return getattr(block, self.drop)(path) if self.drop else path
 
     def survival(self, block: nn.Module) -> float:
-        """p; 1 where the module is an identity, or of an unknown kind."""
-        drop = getattr(block, self.drop)
+        """p; 1 where nothing is dropped, or by a module of an unknown kind."""
+        drop = getattr(block, self.drop, None)
         by_image = getattr(drop, "mode", "row") == "row" and getattr(drop, "scale_by_keep", True)
         return 1.0 - getattr(drop, "p", getattr(drop, "drop_prob", 0.0)) if by_image else 1.0
 
 
 class Residual(Field):
-    """The sum of the branches of a block, f(t, x) = f1(block, x) + f2(block, x) + ...
+    """The sum of what a block adds, f(t, x) = f1(block, x) + f2(block, x) + ...
 
     Several are its `addends`, which the block takes one after the other, as `LieTrotter` does.
 
     Args:
         block: the published block.
-        functions: what it computes between its sums; functions of a module, so that copies and files find them.
+        functions: what it adds; functions of a module, so that copies and files find them.
     """
 
     takes_number = True
 
-    def __init__(self, block: nn.Module, *functions: Function) -> None:
+    def __init__(self, block: nn.Module, *functions: Summand) -> None:
         super().__init__()
         self.block, self.functions = block, functions
         # A tuple, so that the block is registered once.
@@ -86,13 +83,14 @@ class Residual(Field):
             noisy = any(part is not summand for part, summand in zip(parts, self.summands, strict=True))
             return in_mode_of(self, Split(*parts)) if noisy else self
         (function,) = self.functions
-        if not isinstance(function, Dropped) or (survival := function.survival(self.block)) == 1:
+        survival = function.survival(self.block)
+        if survival == 1:
             return self
-        inner = in_mode_of(self, Residual(self.block, function.function))
-        return in_mode_of(self, StochasticDepth(inner, survival, "rescaled", per="image"))
+        kept = in_mode_of(self, Residual(self.block, Summand(function.function)))
+        return in_mode_of(self, StochasticDepth(kept, survival, "rescaled", per="image"))
 
     def extra_repr(self) -> str:
-        return ", ".join(function.__name__.strip("_") for function in self.functions)
+        return ", ".join(summand.function.__name__.strip("_") for summand in self.functions)
 
 
 class Branch(nn.Module):

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, cat, nn, stack
 from torch.nn.functional import scaled_dot_product_attention
 
-from continuum.convert.blocks import Dropped, Function, Residual, post_activation
+from continuum.convert.blocks import Function, Residual, Summand, post_activation
 from continuum.fields import Field
 
 Known = Callable[[Any], Field | None]
@@ -22,7 +22,7 @@ def field_of(block: nn.Module) -> Field | None:
     return known(block) if known is not None else None
 
 
-def _sum(*functions: Function, unless: str = "", only: str = "") -> Known:
+def _sum(*functions: Summand, unless: str = "", only: str = "") -> Known:
     """Blocks with these branches, where the attribute `unless` is None and the attribute `only` is true."""
 
     def field(block: nn.Module) -> Field | None:
@@ -42,7 +42,7 @@ def _relu(function: Function, shortcut: str, activation: str) -> Known:
     return field
 
 
-def _identity(shortcut: str, *functions: Function) -> Known:
+def _identity(shortcut: str, *functions: Summand) -> Known:
     """Blocks whose `shortcut` is a module that does nothing where the size stays."""
     return lambda block: Residual(block, *functions) if type(getattr(block, shortcut)) is nn.Identity else None
 
@@ -130,22 +130,22 @@ TORCHVISION: Mapping[str, Known] = {
     "resnet.BasicBlock": _relu(_basic, "downsample", "relu"),
     "resnet.Bottleneck": _relu(_bottleneck, "downsample", "relu"),
     "regnet.ResBottleneckBlock": _relu(_regnet, "proj", "activation"),
-    "convnext.CNBlock": _sum(Dropped(_convnext, "stochastic_depth")),
-    "efficientnet.MBConv": _sum(Dropped(_efficientnet, "stochastic_depth"), only="use_res_connect"),
-    "efficientnet.FusedMBConv": _sum(Dropped(_efficientnet, "stochastic_depth"), only="use_res_connect"),
-    "mobilenetv2.InvertedResidual": _sum(_mobilenet2, only="use_res_connect"),
-    "mobilenetv3.InvertedResidual": _sum(_mobilenet3, only="use_res_connect"),
-    "mnasnet._InvertedResidual": _sum(_mnasnet, only="apply_residual"),
-    "vision_transformer.EncoderBlock": _sum(_vit_attention, _vit_mlp),
+    "convnext.CNBlock": _sum(Summand(_convnext, "stochastic_depth")),
+    "efficientnet.MBConv": _sum(Summand(_efficientnet, "stochastic_depth"), only="use_res_connect"),
+    "efficientnet.FusedMBConv": _sum(Summand(_efficientnet, "stochastic_depth"), only="use_res_connect"),
+    "mobilenetv2.InvertedResidual": _sum(Summand(_mobilenet2), only="use_res_connect"),
+    "mobilenetv3.InvertedResidual": _sum(Summand(_mobilenet3), only="use_res_connect"),
+    "mnasnet._InvertedResidual": _sum(Summand(_mnasnet), only="apply_residual"),
+    "vision_transformer.EncoderBlock": _sum(Summand(_vit_attention), Summand(_vit_mlp)),
     "swin_transformer.SwinTransformerBlock": _sum(
-        Dropped(_swin_attention, "stochastic_depth"), Dropped(_swin_mlp, "stochastic_depth")
+        Summand(_swin_attention, "stochastic_depth"), Summand(_swin_mlp, "stochastic_depth")
     ),
     "swin_transformer.SwinTransformerBlockV2": _sum(
-        Dropped(_swin2_attention, "stochastic_depth"), Dropped(_swin2_mlp, "stochastic_depth")
+        Summand(_swin2_attention, "stochastic_depth"), Summand(_swin2_mlp, "stochastic_depth")
     ),
-    "maxvit.MBConv": _identity("proj", Dropped(_maxvit_conv, "stochastic_depth")),
+    "maxvit.MBConv": _identity("proj", Summand(_maxvit_conv, "stochastic_depth")),
     "maxvit.PartitionAttentionLayer": _sum(
-        Dropped(_maxvit_attention, "stochastic_dropout"), Dropped(_maxvit_mlp, "stochastic_dropout")
+        Summand(_maxvit_attention, "stochastic_dropout"), Summand(_maxvit_mlp, "stochastic_dropout")
     ),
 }
 
@@ -250,22 +250,22 @@ def _timm_post_bottleneck(b: Any, x: Tensor) -> Tensor:
 
 
 def _twice(attention: Function, mlp: Function) -> Known:
-    return _sum(Dropped(attention, "drop_path1"), Dropped(mlp, "drop_path2"))
+    return _sum(Summand(attention, "drop_path1"), Summand(mlp, "drop_path2"))
 
 
 TIMM: Mapping[str, Known] = {
     "vision_transformer.Block": _twice(_timm_attention, _timm_mlp),
     "vision_transformer.ResPostBlock": _twice(_timm_attention_then_norm, _timm_mlp_then_norm),
-    "vision_transformer.ParallelScalingBlock": _sum(Dropped(_timm_parallel, "drop_path"), only="fused_attn"),
-    "vision_transformer.ParallelThingsBlock": _sum(_timm_attentions, _timm_mlps),
-    "convnext.ConvNeXtBlock": _identity("shortcut", Dropped(_timm_convnext, "drop_path")),
+    "vision_transformer.ParallelScalingBlock": _sum(Summand(_timm_parallel, "drop_path"), only="fused_attn"),
+    "vision_transformer.ParallelThingsBlock": _sum(Summand(_timm_attentions), Summand(_timm_mlps)),
+    "convnext.ConvNeXtBlock": _identity("shortcut", Summand(_timm_convnext, "drop_path")),
     "swin_transformer.SwinTransformerBlock": _twice(_timm_swin_attention, _timm_swin_mlp),
     "swin_transformer_v2.SwinTransformerV2Block": _twice(_timm_swin2_attention, _timm_swin2_mlp),
     "resnet.BasicBlock": _relu(_timm_basic, "downsample", "act2"),
     "resnet.Bottleneck": _relu(_timm_bottleneck, "downsample", "act3"),
-    "resnetv2.PreActBasic": _sum(Dropped(_timm_pre_basic, "drop_path"), unless="downsample"),
-    "resnetv2.PreActBottleneck": _sum(Dropped(_timm_pre_bottleneck, "drop_path"), unless="downsample"),
-    "resnetv2.Bottleneck": _relu(Dropped(_timm_post_bottleneck, "drop_path"), "downsample", "act3"),
+    "resnetv2.PreActBasic": _sum(Summand(_timm_pre_basic, "drop_path"), unless="downsample"),
+    "resnetv2.PreActBottleneck": _sum(Summand(_timm_pre_bottleneck, "drop_path"), unless="downsample"),
+    "resnetv2.Bottleneck": _relu(Summand(_timm_post_bottleneck, "drop_path"), "downsample", "act3"),
 }
 
 

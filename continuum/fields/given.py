@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from continuum.fields.base import Field, shallow
+from continuum.fields.base import Field, in_mode_of, shallow
 from continuum.types import State, Time
 
 
@@ -23,18 +23,17 @@ class Given(Field):
         self.field = field
         self.knots, self.extent, self.proportional = field.knots, field.extent, field.proportional
         self.takes_number, self.training = field.takes_number, field.training
-        self.context = _mapped(tuple(context), self._placed)
-
-    def _placed(self, leaf: Any) -> Any:
-        if not (isinstance(leaf, Tensor) and leaf.requires_grad):
-            return leaf
-        place = _Place(f"context{len(self._parameters)}")
-        self._parameters[place] = leaf  # pyright: ignore[reportArgumentType]
-        return place
+        self.context = tuple(context)
+        self.leaves: list[Any] = []
+        _mapped(self.context, self.leaves.append)
+        for index, leaf in enumerate(self.leaves):
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                self._parameters[f"context{index}"] = leaf  # pyright: ignore[reportArgumentType]
 
     def _now(self) -> tuple[Any, ...]:
         """The context; a backward pass may have put aliases in the places of its tensors."""
-        return _mapped(self.context, lambda leaf: self._parameters[leaf] if isinstance(leaf, _Place) else leaf)
+        leaves = (self._parameters.get(f"context{index}", leaf) for index, leaf in enumerate(self.leaves))
+        return _mapped(self.context, lambda _: next(leaves))
 
     def forward(self, t: Time, x: State) -> State:
         return self.field(t, x, *self._now())
@@ -47,12 +46,6 @@ class Given(Field):
 
     def own_weights(self) -> dict[str, Tensor]:
         return self.field.own_weights()
-
-
-class _Place(str):
-    """The name under which a tensor of the context stands."""
-
-    __slots__ = ()
 
 
 def given(field: Field, context: Sequence[Any]) -> Field:
@@ -70,12 +63,11 @@ def given(field: Field, context: Sequence[Any]) -> Field:
         return Given(field, context)
     twin, found = shallow(field), False
     for name, child in field.named_children():
-        if isinstance(child, Field):
-            twin._modules[name], found = given(child, context), True
-        elif isinstance(child, nn.ModuleList) and all(isinstance(layer, Field) for layer in child):
-            layers = nn.ModuleList(given(layer, context) for layer in child)  # pyright: ignore[reportArgumentType]
-            layers.training = child.training
-            twin._modules[name], found = layers, True
+        layers = list(child) if isinstance(child, nn.ModuleList) else [child]
+        if layers and all(isinstance(layer, Field) for layer in layers):
+            new = [given(layer, context) for layer in layers]  # pyright: ignore[reportArgumentType]
+            twin._modules[name] = in_mode_of(child, nn.ModuleList(new)) if layers[0] is not child else new[0]
+            found = True
     if not found:
         raise TypeError(
             f"the flow was given a context of {len(context)}, and a {type(field).__name__} takes none: its forward is (t, x). "

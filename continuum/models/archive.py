@@ -75,7 +75,7 @@ def unpacked(path: str | os.PathLike[str]) -> Any:
 
 def one_line(error: BaseException) -> str:
     """What an error says, on one line."""
-    return (" ".join(str(error).split()) or type(error).__name__)[:600]
+    return (" ".join(str(error).split()) or type(error).__name__)[:450]
 
 
 def _check_records(path: Path) -> None:
