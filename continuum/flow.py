@@ -323,9 +323,9 @@ class Flow(nn.Module):
         """A flow of the same field, sharing its weights, under another solver."""
         return self._like(self.field, solver)
 
-    def with_field(self, field: Field) -> "Flow":
-        """A flow of another field, under the same solver up to the same depth."""
-        return self._new(field, self.solver, self.depth)
+    def with_field(self, field: Field, solver: Solver | str | None = None) -> "Flow":
+        """A flow of another field up to the same depth, under the same solver or another one."""
+        return self._new(field, solver or self.solver, self.depth)
 
     def _like(self, field: Field, solver: Solver | str) -> "Flow":
         """The flow of another field or solver, with the depth and the mode of this one."""

@@ -71,7 +71,7 @@ def flow_dynamics(network: nn.Module, images: Images) -> list[Dynamics]:
     network = copy.deepcopy(network).double().eval().requires_grad_(False)
     network = without_noise(network)
     states = entering(network, images.double())
-    return [_dynamics(name, flow, *states[flow]) for name, flow in named_flows(network).items()]
+    return [_dynamics(name, flow, states[flow].x, states[flow].memory) for name, flow in named_flows(network).items()]
 
 
 def _dynamics(name: str, flow: Flow, x: State, memory: State | None) -> Dynamics:

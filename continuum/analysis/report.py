@@ -91,7 +91,7 @@ def report(network: nn.Module, sample: Sample, content: Mapping[str, Any]) -> It
 def entered(network: nn.Module, images: Images) -> list[Entry]:
     """What reaches every flow when these images pass the network in evaluation mode."""
     names = {flow: name for name, flow in named_flows(network).items()}
-    return [Entry(names[flow], flow, x, memory) for flow, (x, memory) in entering(network, images).items()]
+    return [Entry(names[flow], flow, x, memory) for flow, (x, memory, _) in entering(network, images).items()]
 
 
 Table = Sequence[Mapping[str, str]]

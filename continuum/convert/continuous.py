@@ -4,21 +4,22 @@ Weights stay the same tensors in both, so that going there and back changes noth
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from continuum.convert.blocks import Difference, Residual
 from continuum.convert.families import field_of
 from continuum.fields import Field
-from continuum.fields.base import in_mode_of
 from continuum.flow import Flow
 from continuum.models.flows import with_flows
 from continuum.noise.base import has_noise
 from continuum.schemes import Euler, EulerMaruyama, LieTrotter
+from continuum.schemes.base import scheme_of
 from continuum.solvers import FixedStep, Solver
 from continuum.weights import PiecewiseConstant
 
@@ -28,33 +29,59 @@ Blocks: TypeAlias = Mapping[type[nn.Module], Callable[[Any], Field | None]]
 """Of a class of blocks, which field a block is; None for one that is no residual block, as where the size changes."""
 
 
-class Run(Flow):
-    """The flow in the place of a run of residual blocks, called as they were.
+class Run(nn.Module):
+    """A flow in the place of a run of residual blocks, called as a block is.
 
-    `blocks` are what it came from. Their submodules and weights are those of the field, so they are kept aside, unregistered.
+    Further arguments of a call are the context of the flow, in the order of the block's own forward, what it takes by any name
+    as one dictionary at the end. `blocks` are what the run came from: their weights are those of the field, so they are kept
+    aside, unregistered.
+
+    Raises:
+        ValueError: when called with a key-value cache, to which a layer that is evaluated several times would write each time.
     """
 
-    def __init__(self, field: Field, solver: Solver | str, depth: float | Tensor, blocks: Sequence[nn.Module]) -> None:
-        super().__init__(field, solver, depth)
-        self.blocks = tuple(blocks)
+    def __init__(self, flow: Flow, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.flow, self.blocks = flow, tuple(blocks)
+        self.training = flow.training
 
-    def _new(self, field: Field, solver: Solver | str, depth: float | Tensor) -> Flow:
-        return in_mode_of(self, Run(field, solver, depth, self.blocks))
+    def forward(self, x: Any, *further: Any, **named: Any) -> Any:
+        return self.flow(x, context=self._context(x, further, named) if further or named else ())
+
+    def _context(self, x: Any, further: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
+        bound = inspect.signature(self.blocks[0].forward).bind(x, *further, **named)
+        bound.apply_defaults()
+        _, *context = bound.arguments.values()
+        if any(hasattr(value, "get_seq_length") for value in context) and not self._once:
+            raise ValueError(
+                f"a key-value cache holds one key and value a layer, and {self.flow.solver} evaluates layers more than once or "
+                "elsewhere: call the model with use_cache=False, or under the solver that it came with"
+            )
+        return tuple(context)
+
+    @property
+    def _once(self) -> bool:
+        """Whether each layer is evaluated once, in its order, and not again for its gradient."""
+        solver, layers = self.flow.solver, len(self.blocks)
+        scheme, steps = scheme_of(solver), solver.steps(0.0, self.flow.depth)
+        whole = steps == [(float(k), 1.0) for k in range(layers)]
+        return whole and scheme is not None and scheme.stages == 1 and solver == solver.direct()
 
     def blocks_back(self) -> tuple[nn.Module, ...]:
-        """The blocks, in the mode of this flow.
+        """The blocks, in the mode of the flow.
 
         Raises:
             TypeError: the field has other weights than the blocks.
         """
+        layers = self.flow.field.pieces()
         mine, theirs = (
             {id(tensor) for module in modules for tensor in (*module.parameters(), *module.buffers())}
-            for modules in ([self.field], self.blocks)
+            for modules in (layers, self.blocks)
         )
-        if mine != theirs or len(self.field.pieces()) != len(self.blocks):
+        if mine != theirs or len(layers) != len(self.blocks):
             raise TypeError(
-                f"its {len(self.field.pieces())} layers are no longer the {len(self.blocks)} blocks of "
-                f"{_kinds(self.blocks)} that it came from: what was refined, projected or given other weights cannot go back"
+                f"its {len(layers)} layers are no longer the {len(self.blocks)} blocks of {_kinds(self.blocks)} that it came "
+                "from: what was refined, projected or given other weights cannot go back"
             )
         for block in self.blocks:
             block.training = self.training
@@ -152,13 +179,13 @@ def continuous(model: M, blocks: Blocks | None = None) -> M:
         )
     for run in found.runs:
         _check(run)
-        flow = Run(PiecewiseConstant(run.fields), run.solver, len(run.blocks), run.blocks)
+        whole = Run(Flow(PiecewiseConstant(run.fields), run.solver, len(run.blocks)), run.blocks)
         theirs = {id(module) for block in run.blocks for module in block.modules()}
-        for module in flow.modules():
+        for module in whole.modules():
             if id(module) not in theirs:
                 module.training = run.blocks[0].training
         first, *others = run.places
-        run.container._modules[first] = flow
+        run.container._modules[first] = whole
         for place in others:
             run.container._modules[place] = Passed()
     return model
@@ -217,7 +244,8 @@ def with_noise(model: M) -> M:
 
     def noisy(flow: Flow) -> Flow:
         field = flow.field.mapped(lambda layer: layer.with_noise() if isinstance(layer, Residual) else layer)
-        return flow._new(field, _solver_of(field.pieces()[-1]), flow.depth) if has_noise(field) else flow
+        solver = _solver_of(field.pieces()[-1])
+        return flow.with_field(field, solver) if has_noise(field) else flow
 
     found = with_flows(model, noisy)
     if not has_noise(found):

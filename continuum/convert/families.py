@@ -4,6 +4,7 @@ A new family is a line in one of the tables, and what its blocks compute between
 """
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, cat, nn, stack
@@ -269,8 +270,89 @@ TIMM: Mapping[str, Known] = {
 }
 
 
+# transformers
+
+
+def _llama_attention(
+    b: Any,
+    x: Tensor,
+    mask: Any = None,
+    positions: Any = None,
+    cache: Any = None,
+    use_cache: Any = False,
+    rotary: Any = None,
+    named: Mapping[str, Any] = MappingProxyType({}),
+) -> Tensor:
+    seen = {"attention_mask": mask, "position_ids": positions, "position_embeddings": rotary}
+    return b.self_attn(hidden_states=b.input_layernorm(x), cache=cache, use_cache=use_cache, **seen, **named)[0]
+
+
+def _llama_mlp(b: Any, x: Tensor, *_: object) -> Tensor:
+    return b.mlp(b.post_attention_layernorm(x))
+
+
+def _gpt2_attention(
+    b: Any,
+    x: Tensor,
+    cache: Any = None,
+    mask: Any = None,
+    encoded: Any = None,
+    encoded_mask: Any = None,
+    use_cache: Any = False,
+    named: Mapping[str, Any] = MappingProxyType({}),
+) -> Tensor:
+    return b.attn(b.ln_1(x), cache=cache, attention_mask=mask, use_cache=use_cache, **named)[0]
+
+
+def _gpt2_mlp(b: Any, x: Tensor, *_: object) -> Tensor:
+    return b.mlp(b.ln_2(x))
+
+
+def _hf_vit_attention(b: Any, x: Tensor, mask: Any = None, named: Mapping[str, Any] = MappingProxyType({})) -> Tensor:
+    return b.dropout(b.attention(b.layernorm_before(x), mask, **named)[0])
+
+
+def _hf_vit_mlp(b: Any, x: Tensor, *_: object) -> Tensor:
+    return b.dropout(b.mlp(b.layernorm_after(x)))
+
+
+def _bert_attention(
+    b: Any,
+    x: Tensor,
+    mask: Any = None,
+    encoded: Any = None,
+    encoded_mask: Any = None,
+    cache: Any = None,
+    named: Mapping[str, Any] = MappingProxyType({}),
+) -> Tensor:
+    """Its norm is behind the sum: a difference, exact to rounding, and no step of an equation."""
+    return b.attention(x, mask, cache=cache, **named)[0] - x
+
+
+def _bert_mlp(b: Any, x: Tensor, *_: object) -> Tensor:
+    return b.feed_forward_chunk(x) - x
+
+
+def _alone(*functions: Function) -> Known:
+    """Blocks that do not look at an encoder's output."""
+
+    def field(block: nn.Module) -> Field | None:
+        return None if hasattr(block, "crossattention") else Residual(block, *map(Summand, functions))
+
+    return field
+
+
+TRANSFORMERS: Mapping[str, Known] = {
+    "llama.modeling_llama.LlamaDecoderLayer": _alone(_llama_attention, _llama_mlp),
+    "gpt2.modeling_gpt2.GPT2Block": _alone(_gpt2_attention, _gpt2_mlp),
+    "vit.modeling_vit.ViTLayer": _alone(_hf_vit_attention, _hf_vit_mlp),
+    "bert.modeling_bert.BertLayer": _alone(_bert_attention, _bert_mlp),
+}
+
+
 FAMILIES: Mapping[str, Known] = {
     **{f"torchvision.models.{name}": known for name, known in TORCHVISION.items()},
     **{f"timm.models.{name}": known for name, known in TIMM.items()},
+    **{f"transformers.models.{name}": known for name, known in TRANSFORMERS.items()},
 }
 """The field of a block, or None where it changes the size, by the full name of its class."""

@@ -4,8 +4,8 @@ Modules that hold what changes are copied; all others, and with them the weights
 """
 
 import copy
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -187,17 +187,24 @@ def frozen(model: M, *inputs: Any) -> M:
     if not any(flow.solver.adaptive for flow in flows(model)):
         raise TypeError("no flow of this network has an adaptive solver whose steps could be frozen")
     states = entering(model, *inputs)
-    return with_flows(model, lambda flow: flow.frozen(states[flow][0]) if flow.solver.adaptive else flow)
+    return with_flows(model, lambda flow: flow.frozen(states[flow].x, states[flow].context) if flow.solver.adaptive else flow)
+
+
+class Entering(NamedTuple):
+    """The state that reaches a flow, the one before it where it is known, and its further arguments."""
+
+    x: State
+    memory: State | None = None
+    context: Sequence[Any] = ()
 
 
 @torch.no_grad()
-def entering(model: nn.Module, *inputs: Any) -> dict[Flow, tuple[State, State | None]]:
-    """The state that reaches each flow when `inputs` pass in evaluation mode, and the one before it where it is known."""
-    states: dict[Flow, tuple[State, State | None]] = {}
+def entering(model: nn.Module, *inputs: Any) -> dict[Flow, Entering]:
+    """What reaches each flow when `inputs` pass in evaluation mode."""
+    states: dict[Flow, Entering] = {}
 
     def look(flow: Flow, given: tuple[Any, ...]) -> None:
-        x, memory, *_ = (*given, None)
-        states[flow] = x, memory
+        states[flow] = Entering(*given)
 
     hooks = [flow.register_forward_pre_hook(look) for flow in flows(model)]  # pyright: ignore[reportArgumentType]
     try:

@@ -141,10 +141,10 @@ def trained(model: nn.Module, x: Tensor) -> Tensor:
 def by_their_names(equation: nn.Module, model: nn.Module) -> dict[str, Tensor]:
     """The parameters of an equation by the names that they have in the model."""
     named = dict(equation.named_parameters())
-    for found, flow in zip(survey(model).runs, flows(equation), strict=True):
-        assert isinstance(flow, Run)
+    runs = [module for module in equation.modules() if isinstance(module, Run)]
+    for found, run in zip(survey(model).runs, runs, strict=True):
         owner = found.name.removesuffix(found.places[0])
-        for place, block in zip(found.places, flow.blocks, strict=True):
+        for place, block in zip(found.places, run.blocks, strict=True):
             named |= {f"{owner}{place}.{name}": parameter for name, parameter in block.named_parameters()}
     return {name: named[name] for name, _ in model.named_parameters()}
 
@@ -258,7 +258,7 @@ def test_a_block_of_ones_own_takes_one_line() -> None:
     assert list(equation.state_dict()) != list(model.state_dict())
     assert str(survey(model, OWN)) == "1: 3 Block, euler:h=1\nleft alone: no block"
     with torch.no_grad():
-        equation[1].field.layers[0].module[0].weight.zero_()  # type: ignore[union-attr,index]
+        equation[1].flow.field.layers[0].module[0].weight.zero_()  # type: ignore[union-attr,index]
     back = discrete(equation)
     assert type(back[1]) is Block
     assert back[1].body[0].weight.abs().sum() == 0, "trained weights go back"
@@ -284,7 +284,7 @@ def test_tied_blocks_stay_tied() -> None:
     equation = continuous(model, OWN)
     for network in (model, equation):
         network(x).sum().backward()
-    assert torch.equal(equation[0].field.layers[1].module[0].weight.grad, block.body[0].weight.grad)  # type: ignore
+    assert torch.equal(equation[0].flow.field.layers[1].module[0].weight.grad, block.body[0].weight.grad)  # type: ignore
     back = discrete(equation)
     assert back[0] is back[1]
 
@@ -351,7 +351,7 @@ def test_only_the_class_itself_is_known() -> None:
     model = nn.Sequential(Other(8, 1.0, 0.0))
     assert not survey(model).runs
     assert survey(model).left == {Other.__qualname__: 1}
-    assert isinstance(continuous(nn.Sequential(CNBlock(8, 1.0, 0.0)))[0].field, PiecewiseConstant)  # type: ignore[union-attr]
+    assert isinstance(continuous(nn.Sequential(CNBlock(8, 1.0, 0.0)))[0].flow.field, PiecewiseConstant)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("name", ["ConvNeXt", "ViT"])
