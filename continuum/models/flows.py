@@ -176,7 +176,7 @@ def check_noise(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def frozen(model: M, *inputs: Any) -> M:
+def frozen(model: M, *inputs: Any, **named: Any) -> M:
     """The model with the same weights, whose flows repeat the steps that their adaptive solvers accept on `inputs`.
 
     See `Flow.frozen`. Flows with fixed steps stay as they are.
@@ -186,7 +186,7 @@ def frozen(model: M, *inputs: Any) -> M:
     """
     if not any(flow.solver.adaptive for flow in flows(model)):
         raise TypeError("no flow of this network has an adaptive solver whose steps could be frozen")
-    states = entering(model, *inputs)
+    states = entering(model, *inputs, **named)
     return with_flows(model, lambda flow: flow.frozen(states[flow].x, states[flow].context) if flow.solver.adaptive else flow)
 
 
@@ -199,17 +199,17 @@ class Entering(NamedTuple):
 
 
 @torch.no_grad()
-def entering(model: nn.Module, *inputs: Any) -> dict[Flow, Entering]:
+def entering(model: nn.Module, *inputs: Any, **named: Any) -> dict[Flow, Entering]:
     """What reaches each flow when `inputs` pass in evaluation mode."""
     states: dict[Flow, Entering] = {}
 
-    def look(flow: Flow, given: tuple[Any, ...]) -> None:
-        states[flow] = Entering(*given)
+    def look(flow: Flow, given: tuple[Any, ...], by_name: dict[str, Any]) -> None:
+        states[flow] = Entering(*given, **by_name)
 
-    hooks = [flow.register_forward_pre_hook(look) for flow in flows(model)]  # pyright: ignore[reportArgumentType]
+    hooks = [flow.register_forward_pre_hook(look, with_kwargs=True) for flow in flows(model)]  # pyright: ignore[reportArgumentType]
     try:
         with evaluating(model):
-            model(*inputs)
+            model(*inputs, **named)
     finally:
         for hook in hooks:
             hook.remove()
