@@ -2,14 +2,16 @@
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import ParamSpec, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from continuum.fields.base import in_mode_of
 from continuum.flow import Flow
 from continuum.integral import Integrand
 from continuum.models.flows import (
@@ -141,6 +143,8 @@ class Network(nn.Module):
         """
         if not self.flows:
             raise TypeError("this network has no flow to integrate over")
+        if inside := [name for name in self.named_flows if not re.fullmatch(r"stages\.\d+", name)]:
+            raise TypeError(f"flow {inside[0]} lies inside a stage, which carries no integral: make it a stage of its own")
         integrals: list[Tensor] = []
 
         def end(flow: Flow, x: State, previous: State | None) -> State:
@@ -175,26 +179,46 @@ class Network(nn.Module):
         for index, stage in enumerate(self.stages):
             name = f"stages.{index}"
             if not isinstance(stage, Flow):
-                after = stage(x)
+                with _naming(name):
+                    after = stage(x)
                 x, previous = after if isinstance(after, tuple) else (after, None)
             else:
-                try:
+                with _naming(name):
                     x, previous = end(stage, x, previous), None
-                except SolveError as error:
-                    error.flow = name
-                    raise
             yield name, stage, x
         yield "head", self.head, self.head(x)
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Say of a solve that fails in which stage it was."""
+    try:
+        yield
+    except SolveError as error:
+        error.flow = error.flow or name
+        raise
 
 
 def _end(flow: Flow, x: State, previous: State | None) -> State:
     return flow(x, previous)
 
 
-def builder(build: Callable[P, Network]) -> Callable[P, Network]:
+def whole(model: nn.Module) -> Network:
+    """A model as a network: itself, or a network whose one stage it is, with the flows that it has inside.
+
+    >>> whole(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)))(torch.zeros(2, 1, 2, 2)).shape
+    torch.Size([2, 3])
+    """
+    if isinstance(model, Network):
+        return model
+    return in_mode_of(model, Network(nn.Identity(), [model], nn.Identity()))
+
+
+def builder(build: Callable[P, nn.Module]) -> Callable[P, Network]:
     """Decorate a function that builds a `Network`, so that the network knows its name and arguments and can be saved.
 
-    Arguments are plain data (numbers, text, booleans, None) or solvers.
+    Arguments are plain data (numbers, text, booleans, None) or solvers. A function that builds another module, such as one made
+    by `continuum.convert.continuous`, gives a network whose one stage it is.
     """
     signature = inspect.signature(build)
     in_zoo = build.__module__.startswith("continuum.zoo.")
@@ -202,13 +226,14 @@ def builder(build: Callable[P, Network]) -> Callable[P, Network]:
 
     @functools.wraps(build)
     def recorded(*args: P.args, **kwargs: P.kwargs) -> Network:
-        network = build(*args, **kwargs)
+        network = whole(build(*args, **kwargs))
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         network.blueprint = Blueprint(name, dict(bound.arguments))
         return network
 
     setattr(recorded, NAME, name)
+    recorded.__signature__ = signature.replace(return_annotation=Network)  # pyright: ignore[reportAttributeAccessIssue]
     return recorded
 
 

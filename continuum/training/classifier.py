@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from continuum.models import Network
+from continuum.models import whole
 from continuum.models.checkpoint import KEY, CheckpointError, check_builder, description, replay, solve_as
 from continuum.models.failure import not_finite
 from continuum.noise.base import drops_branches, stochastic_fields
@@ -38,7 +38,7 @@ class Classifier(Updates):
     """Trains `network` to classify images.
 
     Args:
-        network: any `Network` from images to logits.
+        network: from images to logits, any module; it is trained as a `Network`, see `continuum.models.whole`.
         optimizer: what makes the optimiser: a class of torch.optim, or a partial of one with its arguments; None is `Nesterov`.
             Weight decay spares the k of LM-ResNet, which it would pull away from ResNet.
         label_smoothing: the share of the target spread evenly over the classes.
@@ -66,7 +66,7 @@ class Classifier(Updates):
 
     def __init__(
         self,
-        network: Network,
+        network: nn.Module,
         optimizer: OptimizerCallable | None = None,
         label_smoothing: float = 0.0,
         schedule: Schedule | None = None,
@@ -79,7 +79,7 @@ class Classifier(Updates):
         super().__init__()
         if samples < 0:
             raise ValueError(f"samples is how often a stochastic network predicts each image, not {samples}")
-        self.network = network
+        self.network = network = whole(network)
         self.smoothness = smoothness
         self.transport = transport
         self.end_time = end_time

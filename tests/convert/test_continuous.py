@@ -3,12 +3,15 @@
 import copy
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from runs import quiet_trainer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parametrizations
+from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import (
     ConvNeXt,
     EfficientNet,
@@ -27,13 +30,15 @@ from torchvision.models.regnet import BlockParams
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
 
-from continuum import Autonomous, PiecewiseConstant, StochasticDepth
+from continuum import Autonomous, CheckpointError, Network, PiecewiseConstant, SolveError, StochasticDepth, load, save
 from continuum.analysis.compare import compare_solvers
 from continuum.analysis.report import Sample, report
 from continuum.convert import Difference, Run, continuous, discrete, survey, with_noise
+from continuum.models import builder
 from continuum.models.flows import compile_parts, drift, flows, frozen, project, refine, sample, solver_of, with_solver
 from continuum.noise.base import has_noise
 from continuum.solvers import parse
+from continuum.training import Classifier
 
 
 def regnet(**options: float) -> RegNet:
@@ -365,3 +370,36 @@ def test_it_is_analysed_and_compared_as_any_network(name: str) -> None:
     assert first.solver == str(solver_of(equation))
     assert first.logit_difference == 0
     assert all(row.logit_difference > 0 for row in others)
+
+
+@builder
+def small(width: int = 8, solver: str = "euler") -> nn.Module:
+    settings = [CNBlockConfig(width, 2 * width, 2), CNBlockConfig(2 * width, None, 2)]
+    return with_solver(continuous(ConvNeXt(settings, layer_scale=0.5, num_classes=5)), solver)
+
+
+def test_a_builder_of_any_module_makes_a_network(tmp_path: Path) -> None:
+    """It is saved, loaded by its builder, refined, and trained."""
+    torch.manual_seed(0)
+    network, x = small(8, solver="rk4"), images()
+    assert list(network.named_flows) == ["stages.0.features.1.0.flow", "stages.0.features.3.0.flow"]
+    model = Classifier(network.refine(2))
+    trainer = quiet_trainer(max_epochs=1)
+    trainer.fit(model, DataLoader(TensorDataset(x, torch.arange(3)), batch_size=3))
+    save(model.network, tmp_path / "small.pt")
+    again = load(tmp_path / "small.pt", builder=small)
+    torch.testing.assert_close(again(x), model.network.eval()(x))  # whose weights lie in channels_last
+    assert [flow.depth for flow in again.flows] == [4, 4]
+    with pytest.raises(TypeError, match="lies inside a stage, which carries no integral"):
+        again.integral(x, lambda t, x, slope: slope.flatten(1).sum(1))
+    with pytest.raises(CheckpointError, match="nothing is imported"):
+        load(tmp_path / "small.pt")
+    with pytest.raises(SolveError) as caught:
+        again.with_solver("dopri5:max_evaluations=2")(x)
+    assert caught.value.flow == "stages.0"
+
+
+def test_a_classifier_trains_any_module() -> None:
+    model = Classifier(convnext())
+    quiet_trainer(max_steps=1).fit(model, DataLoader(TensorDataset(images(), torch.arange(3)), batch_size=3))
+    assert type(model.network) is Network
