@@ -19,7 +19,10 @@ from continuum.analysis.dynamics import flow_dynamics
 from continuum.analysis.equations import LinearMultistep, OneStep, method_of
 from continuum.analysis.figures import Axes, Line, Panel
 from continuum.analysis.gradients import compare_gradients
+from continuum.analysis.layers import layer_map
 from continuum.analysis.momentum import frictions
+from continuum.analysis.verdict import table as verdict_table
+from continuum.analysis.verdict import verdict
 from continuum.bases import Hat
 from continuum.fields import Field
 from continuum.flow import Flow
@@ -72,7 +75,9 @@ def report(network: nn.Module, sample: Sample, content: Mapping[str, Any]) -> It
     network.eval()
     entries = entered(network, sample.images)
     parts: list[tuple[str, Callable[[], Section]]] = [
+        ("Is it an equation?", partial(_verdict, network, sample)),
         ("Flows", partial(_flows, entries)),
+        ("Layers", partial(_layers, network, sample)),
         ("Order of convergence", partial(_convergence, entries)),
         ("Deep limit", partial(_deep_limit, entries)),
         ("Modified equation and stability", partial(_equations, network)),
@@ -100,6 +105,38 @@ Table = Sequence[Mapping[str, str]]
 
 def _section(title: str, summary: str, table: Table, numbers: Sequence[Mapping[str, Any]], *panels: Panel) -> Section:
     return Section(title, summary, list(table[0]), [list(row.values()) for row in table], panels, numbers)
+
+
+def _verdict(network: nn.Module, sample: Sample) -> Section:
+    found = verdict(network, sample.images, sample.labels)
+    return _section("Is it an equation?", str(found), verdict_table(found), [asdict(found)])
+
+
+def _layers(network: nn.Module, sample: Sample) -> Section:
+    """How far the logits move where a layer takes two steps, all others their one."""
+    found = list(layer_map(network, sample.images, measure=lambda y: float((y.argmax(1) == sample.labels).double().mean())))
+    table, panel = [], []
+    for flow in dict.fromkeys(row.flow for row in found):
+        rows = [row for row in found if row.flow == flow]
+        worst = max(rows, key=lambda row: row.difference)
+        panel.append(Line(flow, [row.layer for row in rows], [row.difference for row in rows]))
+        table.append(
+            {
+                "flow": flow,
+                "layers": f"{len(rows)}",
+                "median change of the logits": f"{statistics.median(row.difference for row in rows):.2g}",
+                "largest": f"{worst.difference:.2g}, layer {worst.layer}",
+                "classes that change (%)": f"{100 * worst.changed:.1f}",
+                "accuracy (points)": _number(100 * (worst.measure or 0.0), "+.1f"),
+            }
+        )
+    summary = (
+        "Each layer alone in two steps, all others in one: a layer that is a step of an equation hardly moves the logits "
+        "(relative to their size), one that jumps moves them as far as it reaches. The last two columns are of the layer that "
+        "moves them most."
+    )
+    axes = Axes("a layer in two steps", "layer", "change of the logits, relative", panel)
+    return _section("Layers", summary, table, [asdict(row) for row in found], axes)
 
 
 def _flows(entries: Sequence[Entry]) -> Section:

@@ -18,8 +18,8 @@ from continuum.analysis.page import write_html, write_json
 from continuum.analysis.report import Sample, Section, entered, momentum_section, report
 from continuum.cli import main
 
-TITLES = ["Flows", "Order of convergence", "Deep limit", "Modified equation and stability", "Momentum", "Dynamics"]
-TITLES += ["Cost of a tolerance", "Gradients"]
+TITLES = ["Is it an equation?", "Flows", "Layers", "Order of convergence", "Deep limit", "Modified equation and stability"]
+TITLES += ["Momentum", "Dynamics", "Cost of a tolerance", "Gradients"]
 
 
 def analysed(network, folder, *arguments):
@@ -86,8 +86,8 @@ def test_the_report_of_a_network_with_memory(folder, lm_network):
     check_alone(page)
     assert [section["title"] for section in numbers["sections"]] == TITLES
     left_out = [section["title"] for section in numbers["sections"] if section["summary"].startswith("Left out")]
-    assert left_out == ["Deep limit"], "its first layers have no k, and are of another kind"
-    k = [row["k"] for row in numbers["sections"][4]["numbers"]]
+    assert left_out == ["Layers", "Deep limit"], "its steps are equal, its first layers have no k and are of another kind"
+    k = [row["k"] for row in numbers["sections"][6]["numbers"]]
     assert k == [friction.k for friction in continuum.analysis.momentum.frictions(lm_network)]
     assert page.count("<svg") == 5
     assert all(f"<h2>{title}</h2>" in page for title in TITLES)
@@ -102,7 +102,7 @@ def test_what_a_network_does_not_have_is_left_out_and_said(tmp_path, capsys):
     assert summaries["Deep limit"].startswith("Left out: no flow has weights that vary with depth")
     assert summaries["Modified equation and stability"].startswith("Left out: no flow has fixed steps")
     assert not summaries["Gradients"].startswith("Left out")
-    assert page.count('class="left-out"') == 3
+    assert page.count('class="left-out"') == 5
     printed = capsys.readouterr().out
     assert "report.html" in printed
     assert "Momentum: Left out" in printed
