@@ -21,6 +21,7 @@ from continuum.bases import Hat
 from continuum.fields import MLP, Autonomous, Scaled
 from continuum.models import Augment, builder
 from continuum.training import Classifier, Digits, OneCycle, Refine, Schedule, Steps
+from continuum.training.callbacks import network_of
 from continuum.weights import Expansion
 from continuum.zoo import lm_resnet, mlp, preresnet
 
@@ -384,12 +385,19 @@ GRID = r"grid cannot be refined.*with_solver\('euler'\)"
         *((lambda factor=factor: Refine([1], factor), ValueError, "at least 2") for factor in (1, 0, 2.0)),
         (lambda: begun(six_layers_a_step(), 4), ValueError, r"h = 6 to 1\.5"),
         (lambda: begun(unknown()), ValueError, "knows its builder"),
-        (lambda: begun(nn.Linear(2, 2)), TypeError, "`network` is a Network"),
+        (lambda: begun(nn.Linear(2, 2)), ValueError, "knows its builder"),
     ],
 )
 def test_what_cannot_be_refined_is_refused_before_training(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_a_module_of_another_kind_is_refused() -> None:
+    module = pl.LightningModule()
+    module.network = nn.Linear(2, 2)
+    with pytest.raises(TypeError, match="`network` is a Network"):
+        network_of(module, Refine([1]))
 
 
 @pytest.mark.parametrize("average", [EMAWeightAveraging(), WeightAveraging(), StochasticWeightAveraging(0.01)])
