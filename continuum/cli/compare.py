@@ -15,6 +15,7 @@ from continuum.analysis.plots import plot_comparison, plot_steps
 from continuum.cli.checkpoints import opened, reading_parser
 from continuum.cli.inputs import images_of
 from continuum.cli.parser import Parser, chosen_device, device_name
+from continuum.models.flows import without_noise
 from continuum.solvers import parse
 from continuum.training import ImageData
 
@@ -72,7 +73,7 @@ def compare_command(arguments: list[str]) -> None:
     content, network = opened(options.checkpoint, options.builder)
     if network.stochastic and not options.solver:
         solvers += [parse(text) for text in DEFAULT_STOCHASTIC]
-    drift = network.drift() if network.stochastic else network
+    drift = without_noise(network)
     try:
         solvers = [solver for solver in dict.fromkeys(solvers) if solver != drift.solver]  # whose row is the first
     except ValueError as error:

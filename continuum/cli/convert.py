@@ -13,6 +13,7 @@ from continuum.convert import from_checkpoint, to_checkpoint
 from continuum.export import SUFFIXES, ExportError, export
 from continuum.models import Network
 from continuum.models.checkpoint import CheckpointError, read, restore, save
+from continuum.models.flows import solvers_of
 from continuum.solvers import SolveError, parse
 
 STATE_DICTS = (".pth", ".th")
@@ -92,9 +93,8 @@ def _read(path: Path, builder: str | None) -> tuple[Network, bool]:
 
 def _summary(network: Network) -> str:
     assert network.blueprint is not None
-    solvers = " and ".join(dict.fromkeys(str(flow.solver) for flow in network.flows)) or "no solver"
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    return f"{network.blueprint.builder}, {parameters:,} parameters, {solvers}"
+    return f"{network.blueprint.builder}, {parameters:,} parameters, {solvers_of(network)}"
 
 
 def _export(network: Network, dest: Path, freeze: bool, size: int | None) -> str:

@@ -59,11 +59,8 @@ class Residual(Field):
         self.summands = tuple(Residual(block, function) for function in functions) if len(functions) > 1 else ()
 
     def forward(self, t: Time, x: State, *context: Any) -> State:
-        first, *others = self.functions
-        slope = first(self.block, x, *context)
-        for function in others:
-            slope = slope + function(self.block, x, *context)
-        return slope
+        first, *others = (function(self.block, x, *context) for function in self.functions)
+        return sum(others, start=first)
 
     def addends(self) -> tuple[Field, ...]:
         return self.summands

@@ -15,6 +15,9 @@ from continuum.fields import Field
 
 Known = Callable[[Any], Field | None]
 
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+"""What a block is called with by name, where that is nothing."""
+
 
 def field_of(block: nn.Module) -> Field | None:
     """The field of a block of a known class; None for any other, and for one that changes the size."""
@@ -67,20 +70,12 @@ def _convnext(b: Any, x: Tensor) -> Tensor:
     return b.layer_scale * b.block(x)
 
 
-def _efficientnet(b: Any, x: Tensor) -> Tensor:
+def _block(b: Any, x: Tensor) -> Tensor:
     return b.block(x)
 
 
 def _mobilenet2(b: Any, x: Tensor) -> Tensor:
     return b.conv(x)
-
-
-def _mobilenet3(b: Any, x: Tensor) -> Tensor:
-    return b.block(x)
-
-
-def _mnasnet(b: Any, x: Tensor) -> Tensor:
-    return b.layers(x)
 
 
 def _vit_attention(b: Any, x: Tensor) -> Tensor:
@@ -108,7 +103,7 @@ def _swin2_mlp(b: Any, x: Tensor) -> Tensor:
     return b.norm2(b.mlp(x))
 
 
-def _maxvit_conv(b: Any, x: Tensor) -> Tensor:
+def _layers(b: Any, x: Tensor) -> Tensor:
     return b.layers(x)
 
 
@@ -132,11 +127,11 @@ TORCHVISION: Mapping[str, Known] = {
     "resnet.Bottleneck": _relu(_bottleneck, "downsample", "relu"),
     "regnet.ResBottleneckBlock": _relu(_regnet, "proj", "activation"),
     "convnext.CNBlock": _sum(Summand(_convnext, "stochastic_depth")),
-    "efficientnet.MBConv": _sum(Summand(_efficientnet, "stochastic_depth"), only="use_res_connect"),
-    "efficientnet.FusedMBConv": _sum(Summand(_efficientnet, "stochastic_depth"), only="use_res_connect"),
+    "efficientnet.MBConv": _sum(Summand(_block, "stochastic_depth"), only="use_res_connect"),
+    "efficientnet.FusedMBConv": _sum(Summand(_block, "stochastic_depth"), only="use_res_connect"),
     "mobilenetv2.InvertedResidual": _sum(Summand(_mobilenet2), only="use_res_connect"),
-    "mobilenetv3.InvertedResidual": _sum(Summand(_mobilenet3), only="use_res_connect"),
-    "mnasnet._InvertedResidual": _sum(Summand(_mnasnet), only="apply_residual"),
+    "mobilenetv3.InvertedResidual": _sum(Summand(_block), only="use_res_connect"),
+    "mnasnet._InvertedResidual": _sum(Summand(_layers), only="apply_residual"),
     "vision_transformer.EncoderBlock": _sum(Summand(_vit_attention), Summand(_vit_mlp)),
     "swin_transformer.SwinTransformerBlock": _sum(
         Summand(_swin_attention, "stochastic_depth"), Summand(_swin_mlp, "stochastic_depth")
@@ -144,7 +139,7 @@ TORCHVISION: Mapping[str, Known] = {
     "swin_transformer.SwinTransformerBlockV2": _sum(
         Summand(_swin2_attention, "stochastic_depth"), Summand(_swin2_mlp, "stochastic_depth")
     ),
-    "maxvit.MBConv": _identity("proj", Summand(_maxvit_conv, "stochastic_depth")),
+    "maxvit.MBConv": _identity("proj", Summand(_layers, "stochastic_depth")),
     "maxvit.PartitionAttentionLayer": _sum(
         Summand(_maxvit_attention, "stochastic_dropout"), Summand(_maxvit_mlp, "stochastic_dropout")
     ),
@@ -281,7 +276,7 @@ def _llama_attention(
     cache: Any = None,
     use_cache: Any = False,
     rotary: Any = None,
-    named: Mapping[str, Any] = MappingProxyType({}),
+    named: Mapping[str, Any] = NOTHING,
 ) -> Tensor:
     seen = {"attention_mask": mask, "position_ids": positions, "position_embeddings": rotary}
     return b.self_attn(hidden_states=b.input_layernorm(x), cache=cache, use_cache=use_cache, **seen, **named)[0]
@@ -299,7 +294,7 @@ def _gpt2_attention(
     encoded: Any = None,
     encoded_mask: Any = None,
     use_cache: Any = False,
-    named: Mapping[str, Any] = MappingProxyType({}),
+    named: Mapping[str, Any] = NOTHING,
 ) -> Tensor:
     return b.attn(b.ln_1(x), cache=cache, attention_mask=mask, use_cache=use_cache, **named)[0]
 
@@ -308,7 +303,7 @@ def _gpt2_mlp(b: Any, x: Tensor, *_: object) -> Tensor:
     return b.mlp(b.ln_2(x))
 
 
-def _hf_vit_attention(b: Any, x: Tensor, mask: Any = None, named: Mapping[str, Any] = MappingProxyType({})) -> Tensor:
+def _hf_vit_attention(b: Any, x: Tensor, mask: Any = None, named: Mapping[str, Any] = NOTHING) -> Tensor:
     return b.dropout(b.attention(b.layernorm_before(x), mask, **named)[0])
 
 
@@ -323,7 +318,7 @@ def _bert_attention(
     encoded: Any = None,
     encoded_mask: Any = None,
     cache: Any = None,
-    named: Mapping[str, Any] = MappingProxyType({}),
+    named: Mapping[str, Any] = NOTHING,
 ) -> Tensor:
     """Its norm is behind the sum: a difference, exact to rounding, and no step of an equation."""
     return b.attention(x, mask, cache=cache, **named)[0] - x

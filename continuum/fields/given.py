@@ -58,15 +58,17 @@ def given(field: Field, context: Sequence[Any]) -> Field:
         raise TypeError(
             f"context is a tuple of further arguments of the field, not a {type(context).__name__}: write (context,)"
         )
-    if _takes_more(type(field)):
-        _check_arguments(field, context)
+    signature = _signature(type(field))
+    if len(signature.parameters) > 2:
+        _check_arguments(field, signature, context)
         return Given(field, context)
     twin, found = shallow(field), False
     for name, child in field.named_children():
-        layers = list(child) if isinstance(child, nn.ModuleList) else [child]
+        listed = isinstance(child, nn.ModuleList)
+        layers = list(child) if listed else [child]
         if layers and all(isinstance(layer, Field) for layer in layers):
             new = [given(layer, context) for layer in layers]  # pyright: ignore[reportArgumentType]
-            twin._modules[name] = in_mode_of(child, nn.ModuleList(new)) if layers[0] is not child else new[0]
+            twin._modules[name] = in_mode_of(child, nn.ModuleList(new)) if listed else new[0]
             found = True
     if not found:
         raise TypeError(
@@ -77,13 +79,13 @@ def given(field: Field, context: Sequence[Any]) -> Field:
 
 
 @lru_cache
-def _takes_more(kind: type[Field]) -> bool:
-    """Whether the forward of a class of fields has arguments beyond t and x."""
-    return len(inspect.signature(kind.forward).parameters) > 3
+def _signature(kind: type[Field]) -> inspect.Signature:
+    """What the forward of a class of fields takes, without itself."""
+    signature = inspect.signature(kind.forward)
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
-def _check_arguments(field: Field, context: Sequence[Any]) -> None:
-    signature = inspect.signature(field.forward)
+def _check_arguments(field: Field, signature: inspect.Signature, context: Sequence[Any]) -> None:
     try:
         signature.bind(None, None, *context)
     except TypeError as error:

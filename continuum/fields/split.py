@@ -33,11 +33,8 @@ class Split(Field):
         self.summands = nn.ModuleList(as_part(part, "a Split") for part in parts)
 
     def forward(self, t: Time, x: State) -> State:
-        first, *others = self.addends()
-        slope = first(t, x)
-        for part in others:
-            slope = slope + part(t, x)
-        return slope
+        first, *others = (part(t, x) for part in self.addends())
+        return sum(others, start=first)
 
     def addends(self) -> tuple[Field, ...]:
         return tuple(self.summands)  # pyright: ignore[reportReturnType]

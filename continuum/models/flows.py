@@ -25,7 +25,21 @@ M = TypeVar("M", bound=nn.Module)
 
 def named_flows(model: nn.Module) -> dict[str, Flow]:
     """The flows of a model by their names in it, in its order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Flow)}
+    found: dict[str, Flow] = {}
+    _find(model, "", set(), found)
+    return found
+
+
+def _find(module: nn.Module, name: str, seen: set[nn.Module], found: dict[str, Flow]) -> None:
+    """Note the flows in a module; what is inside them is most of a network, and a training step asks for its flows."""
+    if module in seen:
+        return
+    seen.add(module)
+    if isinstance(module, Flow):
+        found[name] = module
+        return
+    for place, child in module.named_children():
+        _find(child, f"{name}.{place}" if name else place, seen, found)
 
 
 def flows(model: nn.Module) -> list[Flow]:
